@@ -1,0 +1,36 @@
+"""latentfast: fused kernels for manipulating the latents of video diffusion models."""
+
+from latentfast.backends import Backend, backends, use_backend
+from latentfast.ops.edit import blend, edit
+from latentfast.ops.interpolate import (
+    interpolate_keys,
+    lerp,
+    lerp_path,
+    nlerp,
+    nlerp_path,
+    slerp,
+    slerp_path,
+    spherical_mean,
+)
+from latentfast.ops.temporal import temporal_loss, temporal_loss_and_grad, warp_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "backends",
+    "blend",
+    "edit",
+    "interpolate_keys",
+    "lerp",
+    "lerp_path",
+    "nlerp",
+    "nlerp_path",
+    "slerp",
+    "slerp_path",
+    "spherical_mean",
+    "temporal_loss",
+    "temporal_loss_and_grad",
+    "use_backend",
+    "warp_loss",
+]

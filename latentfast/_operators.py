@@ -1,0 +1,98 @@
+"""The private operators: one table of schemas, the same signature on every backend.
+
+Every operator writes into tensors that its caller allocated and returns nothing. So the public functions decide
+shapes in one place, the "fake" implementation of every operator is empty, and a preview loop can hand in its own
+buffers.
+
+Three implementations share a signature; all are opaque to `torch.compile`:
+
+* ``latentfast::NAME``         native C++ (dispatch key CPU) and native CUDA (key CUDA), from ``csrc/``;
+* ``latentfast_triton::NAME``  the launchers of ``kernels/triton/``;
+* ``latentfast_eager::NAME``   ``latentfast/_eager.py``, which calls ``latentfast/reference/``.
+
+What holds for all of them. Tensors are contiguous, of one device; halves are computed in float32 at least. Scalars
+that live on the device (``t``, ``strengths``) are float32, or float64 beside float64 latents. A mask has the latents'
+dtype or float32, and each of its dimensions is 1 or full, aligned at the right. Arguments have been validated.
+
+``interpolate``: the tensors are seen as (p, n, q, m): p·q vectors of n·m elements; element (i, j) of vector (u, w)
+    lies at ((u·n + i)·q + w)·m + j. ``kind``: 0 lerp, 1 nlerp, 2 slerp (not "mode": torch's functionalisation takes
+    that name). K values of t, either ``t`` (K, p·q or 1) on the device or ``ts`` (K) on the host. ``out`` has K times
+    the elements of ``a``.
+``interpolate_bwd``: the gradients of the above; ``grad`` is shaped like its ``out``. ``grad_t`` (K, p·q), float32 or
+    float64. A gradient that is None is not wanted.
+``vector_dots``: x (N, …), y (K, …) of vectors as above -> out (K, p·q, N): their inner products, float64.
+``vector_mix``: out[k] = Σ_n coefficients[k, v, n] · x[n]; a coefficient of exactly 0 leaves its vector out.
+    ``coefficients`` (K, p·q or 1, N), float32 or float64.
+``edit``: z (…), directions (N or 1, …) broadcastable to (N, *z.shape), strengths (N,) or (N, B) on the device, or
+    ``host_strengths`` (N); mask broadcastable to (N, *z.shape).
+``blend``: base, edited of one shape, mask broadcastable to it.
+``temporal_loss``: ``norm``: 0 l2, 1 l1, 2 charbonnier. loss (B,) float32 or float64; ``grad`` gets
+    grad_scale · d loss[b] / d z.
+``warp_loss``: z (B, …) with frames along ``frame_dim`` (1 or 2) and H, W last; flow (B, 2, T − 1, H, W) of z's dtype
+    or float32; mask broadcastable to z's shape with T − 1 frames.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+SCHEMAS: dict[str, str] = {
+    "interpolate": "(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, int p, int n, int q, int m, "
+    "Tensor(a!) out) -> ()",
+    "interpolate_bwd": "(Tensor grad, Tensor a, Tensor b, Tensor? t, float[] ts, int kind, int p, int n, int q, int m, "
+    "Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
+    "vector_dots": "(Tensor x, Tensor y, int p, int n, int q, int m, Tensor(a!) out) -> ()",
+    "vector_mix": "(Tensor x, Tensor coefficients, int p, int n, int q, int m, Tensor(a!) out) -> ()",
+    "edit": "(Tensor z, Tensor directions, Tensor? strengths, float[] host_strengths, Tensor? mask, "
+    "Tensor(a!) out) -> ()",
+    "blend": "(Tensor base, Tensor edited, Tensor mask, Tensor(a!) out) -> ()",
+    "temporal_loss": "(Tensor z, Tensor? ref, Tensor? mask, float first, float second, int norm, float eps, "
+    "float grad_scale, int frame_dim, Tensor(a!) loss, Tensor(b!)? grad) -> ()",
+    "warp_loss": "(Tensor z, Tensor flow, Tensor? mask, float grad_scale, int frame_dim, "
+    "Tensor(a!) loss, Tensor(b!)? grad) -> ()",
+}
+
+#: The stem that an operator's kernels are filed under, in every layer.
+STEMS: dict[str, str] = {
+    "interpolate": "interpolate",
+    "interpolate_bwd": "interpolate",
+    "vector_dots": "interpolate",
+    "vector_mix": "interpolate",
+    "edit": "edit",
+    "blend": "edit",
+    "temporal_loss": "temporal",
+    "warp_loss": "temporal",
+}
+
+MODES = {"lerp": 0, "nlerp": 1, "slerp": 2}
+NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
+
+
+def _nothing_to_infer(*args, **kwargs) -> None:
+    """The fake implementation: outputs were allocated by the caller, so there is no shape to infer."""
+
+
+def _lazily(module: str, name: str) -> Callable[..., None]:
+    """`module.name`, imported when it is first called: Triton alone takes half a second to import."""
+    found: Callable[..., None] | None = None
+
+    def call(*args) -> None:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(module), name)
+        found(*args)
+
+    return call
+
+
+_LIBRARIES = {ns: torch.library.Library(ns, "DEF") for ns in ("latentfast", "latentfast_triton", "latentfast_eager")}
+for _ns, _library in _LIBRARIES.items():
+    for _name, _schema in SCHEMAS.items():
+        _library.define(_name + _schema)
+        torch.library.register_fake(f"{_ns}::{_name}", _nothing_to_infer, lib=_library)
+for _name, _stem in STEMS.items():
+    _launcher = _lazily(f"latentfast.kernels.triton.{_stem}", _name)
+    for _key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter alone; backends.py sees to that
+        _LIBRARIES["latentfast_triton"].impl(_name, _launcher, _key)
+    _LIBRARIES["latentfast_eager"].impl(_name, _lazily("latentfast._eager", _name), "CompositeExplicitAutograd")

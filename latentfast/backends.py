@@ -1,0 +1,189 @@
+"""Which backend runs an operator: what is available, why the rest is not, what is chosen.
+
+The names are ``native-cpu`` (C++), ``cuda`` (CUDA C++), ``triton`` and ``eager`` (plain PyTorch, always there). Left
+alone, an operator runs on the first backend of its device's list that is available and has that operator:
+native-cpu → eager on the CPU, cuda → triton → eager on a GPU.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from latentfast import _operators, _settings
+
+_log = logging.getLogger("latentfast")
+
+NAMES = ("native-cpu", "cuda", "triton", "eager")
+_PREFERENCE = {"cpu": ("native-cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+_NATIVE_LIBRARIES = {"native-cpu": "_native_cpu", "cuda": "_native_cuda"}
+_DISPATCH_KEYS = {"native-cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the operators: its name, whether it can run here and, if not, why."""
+
+    name: str
+    available: bool
+    reason: str = ""
+
+
+def _load_native(name: str) -> str:
+    """Load a native library beside this file; the reason why that was not possible, or ''."""
+    found = sorted(Path(__file__).parent.glob(f"{_NATIVE_LIBRARIES[name]}*.so"))
+    if not found:
+        return "its library was not built (see `python -m latentfast.doctor`)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    return ""
+
+
+def _cuda_reason(load_reason: str) -> str:
+    if load_reason:
+        return load_reason
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"built for compute capability 8.0 and newer, this is {torch.cuda.get_device_capability()}"
+    return ""
+
+
+def _triton_reason() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not (torch.cuda.is_available() or _settings.triton_interpreted()):
+        return "torch sees no CUDA device and TRITON_INTERPRET is not set"
+    return ""
+
+
+def _probe() -> dict[str, Backend]:
+    reasons = {
+        "native-cpu": _load_native("native-cpu"),
+        "cuda": _cuda_reason(_load_native("cuda")),
+        "triton": _triton_reason(),
+        "eager": "",
+    }
+    return {name: Backend(name, not reason, reason) for name, reason in reasons.items()}
+
+
+_found: dict[str, Backend] = _probe()
+_forced: str | None = None
+_Table = dict[tuple[str, str], Callable[..., None]]
+
+
+def backends() -> list[Backend]:
+    """The four backends with their availability and, where one is missing, the reason.
+
+    Example:
+        >>> import latentfast
+        >>> [b.name for b in latentfast.backends()]
+        ['native-cpu', 'cuda', 'triton', 'eager']
+    """
+    return [_found[name] for name in NAMES]
+
+
+def _implementation_on(backend: str, name: str, device: str) -> Callable[..., None] | None:
+    """`backend`'s implementation of an operator on a device type, or None if it has none there."""
+    if not _found[backend].available:
+        return None
+    if backend == "eager":
+        return getattr(torch.ops.latentfast_eager, name).default
+    if backend == "triton":
+        usable = device == "cuda" or (device == "cpu" and _settings.triton_interpreted())
+        return getattr(torch.ops.latentfast_triton, name).default if usable else None
+    key = _DISPATCH_KEYS[backend]
+    if key.lower() != device or not torch._C._dispatch_has_kernel_for_dispatch_key(f"latentfast::{name}", key):
+        return None
+    return getattr(torch.ops.latentfast, name).default
+
+
+def _refusal(backend: str, name: str, device: str) -> Callable[..., None]:
+    def refuse(*args) -> None:
+        raise RuntimeError(f"backend '{backend}' was asked for but has no '{name}' for tensors on '{device}'")
+
+    return refuse
+
+
+def _choices(forced: str | None) -> _Table:
+    """Every operator's implementation on every device type: decided beforehand, so that a call is one look-up."""
+    table: _Table = {}
+    for device, preference in _PREFERENCE.items():
+        for name in _operators.SCHEMAS:
+            for backend in (forced,) if forced else preference:
+                found = _implementation_on(backend, name, device)
+                if found is not None:
+                    table[name, device] = found
+                    break
+            else:
+                table[name, device] = _refusal(str(forced), name, device)
+    return table
+
+
+def _log_fallbacks() -> None:
+    for device, preference in _PREFERENCE.items():
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        chosen = next(name for name in preference if _found[name].available)
+        if chosen != preference[0]:
+            reason = _found[preference[0]].reason
+            _log.warning("on %s latentfast runs on backend '%s', not '%s': %s", device, chosen, preference[0], reason)
+
+
+_table: _Table = _choices(None)
+
+
+def implementation(name: str, device: str) -> Callable[..., None]:
+    """The callable that runs operator `name` on tensors of a device type ("cpu", "cuda", …: others run eagerly)."""
+    found = _table.get((name, device))
+    return getattr(torch.ops.latentfast_eager, name).default if found is None else found
+
+
+def _force(name: str | None) -> None:
+    global _forced, _table
+    _forced, _table = name, _choices(name)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got '{name}'")
+    if not _found[name].available:
+        raise RuntimeError(f"{source} asks for backend '{name}', which is not available here: {_found[name].reason}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operation inside the block on one backend, for the whole process; an error if it cannot.
+
+    Args:
+        name: "native-cpu", "cuda", "triton" or "eager".
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend is not available here (at once), or lacks an operation that is called (at the call).
+
+    Example:
+        >>> import torch, latentfast
+        >>> a, b = torch.randn(2, 1, 4, 8)
+        >>> with latentfast.use_backend("eager"):
+        ...     c = latentfast.slerp(a, b, 0.5)
+    """
+    before = _forced
+    _force(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _force(before)
+
+
+if _settings.backend() is None:
+    _log_fallbacks()
+else:
+    _force(_checked(str(_settings.backend()), "LATENTFAST_BACKEND"))

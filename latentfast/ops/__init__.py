@@ -1,0 +1,1 @@
+"""The public operations, a module a stem: validation, docstrings, autograd, then one operator call."""

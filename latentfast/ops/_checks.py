@@ -1,0 +1,91 @@
+"""Checks of a user's arguments, shared by the public operations. Each failure names argument, finding and
+expectation."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def latent(name: str, x: object) -> Tensor:
+    """`x`, if it is a dense floating tensor that the kernels know."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {_short(x.dtype)}")
+    return x
+
+
+def like(name: str, x: object, other_name: str, other: Tensor) -> Tensor:
+    """`x`, if it is a tensor of `other`'s shape, dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have {other_name}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
+    same_kind(name, x, other_name, other)
+    return x
+
+
+def same_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """An error unless `x` has `other`'s dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {_short(other.dtype)}, got {_short(x.dtype)}")
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """An error unless `x` is on `other`'s device."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
+
+
+def broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    """An error unless `shape` broadcasts to `target` without enlarging it."""
+    fits = len(shape) <= len(target) and all(
+        s in (1, n) for s, n in zip(reversed(shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {tuple(target)}, got shape {tuple(shape)}")
+
+
+def mask_of(name: str, mask: object, z_name: str, z: Tensor, target: tuple[int, ...]) -> Tensor:
+    """A mask ready for a kernel: on `z`'s device, broadcastable to `target`, in `z`'s dtype or float32, contiguous."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        raise TypeError(f"{name} must be bool, float32, float16, bfloat16 or float64, got {_short(mask.dtype)}")
+    same_device(name, mask, z_name, z)
+    if mask.shape != target:
+        broadcasts(name, tuple(mask.shape), target)
+    if mask.dtype != z.dtype and (mask.dtype != torch.float32 or z.dtype == torch.float64):
+        # float32 masks go in as they are, so that a heat map loses nothing beside half-precision latents
+        mask = mask.to(z.dtype if mask.dtype == torch.bool or z.dtype == torch.float64 else torch.float32)
+    return mask if mask.is_contiguous() else mask.contiguous()
+
+
+def output(
+    out: object, shape: tuple[int, ...], like_name: str, like_tensor: Tensor, inputs: tuple[Tensor | None, ...]
+) -> Tensor:
+    """The caller's own output buffer, if a kernel can write into it: shape, dtype, device, contiguous, not an
+    input."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if tuple(out.shape) != tuple(shape):
+        raise ValueError(f"out must have shape {tuple(shape)}, got {tuple(out.shape)}")
+    same_kind("out", out, like_name, like_tensor)
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError("out must not require grad: an operation that writes into out is not differentiable")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError("out cannot be given while an input requires grad; call it under torch.no_grad()")
+    if not torch.compiler.is_compiling():
+        storage = out.untyped_storage().data_ptr()
+        if storage and any(x is not None and x.untyped_storage().data_ptr() == storage for x in inputs):
+            raise ValueError("out must not share memory with an input, got one that does")
+        torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
