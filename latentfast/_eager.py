@@ -61,10 +61,10 @@ def blend(base, edited, mask, out) -> None:
 def temporal_loss(z, ref, mask, first, second, norm, eps, grad_scale, frame_dim, loss, grad) -> None:
     options = {"first": first, "second": second, "norm": _NORM_NAMES[norm], "eps": eps, "frame_dim": frame_dim}
     if grad is None:
-        loss.copy_(reference.temporal.temporal_loss(z, ref, mask, reduction="none", **options))
+        loss.view(-1).copy_(reference.temporal.temporal_loss(z, ref, mask, reduction="none", **options))
         return
     value, gradient = reference.temporal.temporal_loss_and_grad(z, ref, mask, reduction="none", **options)
-    loss.copy_(value)
+    loss.view(-1).copy_(value)
     grad.copy_(gradient * grad_scale)
 
 
@@ -77,4 +77,4 @@ def warp_loss(z, flow, mask, grad_scale, frame_dim, loss, grad) -> None:
             grad.copy_(gradient * grad_scale)
         elif grad is not None:
             grad.zero_()
-    loss.copy_(value.detach())
+    loss.view(-1).copy_(value.detach())

@@ -26,8 +26,8 @@ dtype or float32, and each of its dimensions is 1 or full, aligned at the right.
 ``edit``: z (…), directions (N or 1, …) broadcastable to (N, *z.shape), strengths (N,) or (N, B) on the device, or
     ``host_strengths`` (N); mask broadcastable to (N, *z.shape).
 ``blend``: base, edited of one shape, mask broadcastable to it.
-``temporal_loss``: ``norm``: 0 l2, 1 l1, 2 charbonnier. loss (B,) float32 or float64; ``grad`` gets
-    grad_scale · d loss[b] / d z.
+``temporal_loss``: ``norm``: 0 l2, 1 l1, 2 charbonnier. ``loss``: B elements, float32 or float64; ``grad``
+    gets grad_scale · d loss[b] / d z.
 ``warp_loss``: z (B, …) with frames along ``frame_dim`` (1 or 2) and H, W last; flow (B, 2, T − 1, H, W) of z's dtype
     or float32; mask broadcastable to z's shape with T − 1 frames.
 """

@@ -119,10 +119,10 @@ def _choices(forced: str | None) -> _Table:
             for backend in (forced,) if forced else preference:
                 found = _implementation_on(backend, name, device)
                 if found is not None:
-                    table[name, device] = found
+                    table[device, name] = found
                     break
             else:
-                table[name, device] = _refusal(str(forced), name, device)
+                table[device, name] = _refusal(str(forced), name, device)
     return table
 
 
@@ -139,9 +139,9 @@ def _log_fallbacks() -> None:
 _table: _Table = _choices(None)
 
 
-def implementation(name: str, device: str) -> Callable[..., None]:
-    """The callable that runs operator `name` on tensors of a device type ("cpu", "cuda", …: others run eagerly)."""
-    found = _table.get((name, device))
+def implementation(name: str, x: torch.Tensor) -> Callable[..., None]:
+    """The callable that runs operator `name` on tensors like `x`; on unknown device types the eager one."""
+    found = _table.get(("cuda" if x.is_cuda else x.device.type, name))
     return getattr(torch.ops.latentfast_eager, name).default if found is None else found
 
 

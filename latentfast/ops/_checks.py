@@ -1,6 +1,8 @@
 """Checks of a user's arguments, shared by the public operations. Each failure names argument, finding and
 expectation."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def latent(name: str, x: object) -> Tensor:
-    """`x`, if it is a dense floating tensor that the kernels know."""
+    """`x`, if it is a floating tensor that the kernels know."""
+    if x.__class__ is Tensor and x.dtype in DTYPES:
+        return x
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -18,6 +22,8 @@ def latent(name: str, x: object) -> Tensor:
 
 def like(name: str, x: object, other_name: str, other: Tensor) -> Tensor:
     """`x`, if it is a tensor of `other`'s shape, dtype and device."""
+    if x.__class__ is Tensor and x.shape == other.shape and x.dtype is other.dtype and x.device == other.device:
+        return x
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != other.shape:
@@ -39,27 +45,30 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}, got {x.device}")
 
 
-def broadcasts(name: str, shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+def broadcasts(name: str, shape: Sequence[int], target: Sequence[int]) -> None:
     """An error unless `shape` broadcasts to `target` without enlarging it."""
-    fits = len(shape) <= len(target) and all(
-        s in (1, n) for s, n in zip(reversed(shape), reversed(target), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name} must broadcast to {tuple(target)}, got shape {tuple(shape)}")
+    lead = len(target) - len(shape)
+    if lead >= 0:
+        for size, full in zip(shape, target[lead:] if lead else target, strict=True):
+            if size != full and size != 1:
+                break
+        else:
+            return
+    raise ValueError(f"{name} must broadcast to {tuple(target)}, got shape {tuple(shape)}")
 
 
-def mask_of(name: str, mask: object, z_name: str, z: Tensor, target: tuple[int, ...]) -> Tensor:
+def mask_of(name: str, mask: object, z_name: str, z: Tensor, target: Sequence[int]) -> Tensor:
     """A mask ready for a kernel: on `z`'s device, broadcastable to `target`, in `z`'s dtype or float32, contiguous."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
-        raise TypeError(f"{name} must be bool, float32, float16, bfloat16 or float64, got {_short(mask.dtype)}")
+    dtype = mask.dtype
+    if dtype != torch.bool and dtype not in DTYPES:
+        raise TypeError(f"{name} must be bool, float32, float16, bfloat16 or float64, got {_short(dtype)}")
     same_device(name, mask, z_name, z)
-    if mask.shape != target:
-        broadcasts(name, tuple(mask.shape), target)
-    if mask.dtype != z.dtype and (mask.dtype != torch.float32 or z.dtype == torch.float64):
+    broadcasts(name, mask.shape, target)
+    if dtype is not z.dtype and (dtype is not torch.float32 or z.dtype is torch.float64):
         # float32 masks go in as they are, so that a heat map loses nothing beside half-precision latents
-        mask = mask.to(z.dtype if mask.dtype == torch.bool or z.dtype == torch.float64 else torch.float32)
+        mask = mask.to(z.dtype if dtype is torch.bool or z.dtype is torch.float64 else torch.float32)
     return mask if mask.is_contiguous() else mask.contiguous()
 
 

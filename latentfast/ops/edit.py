@@ -21,7 +21,7 @@ class _Edit(torch.autograd.Function):
         ctx.save_for_backward(directions, strengths, mask)
         ctx.host = host
         out = torch.empty_like(z)
-        implementation("edit", z.device.type)(z, directions, strengths, host, mask, out)
+        implementation("edit", z)(z, directions, strengths, host, mask, out)
         return out
 
     @staticmethod
@@ -117,23 +117,29 @@ def edit(
             ) from None
         n = len(host)
     target = (n, *z.shape)
-    if directions.shape[0] != n and directions.shape[0] != 1:
-        raise ValueError(f"directions must hold {n} directions, one for each strength, got {directions.shape[0]}")
-    if directions.shape[1:] != z.shape:
-        _checks.broadcasts("directions", tuple(directions.shape), target)
+    shape = directions.shape
+    if shape[0] != n and shape[0] != 1:
+        raise ValueError(f"directions must hold {n} directions, one for each strength, got {shape[0]}")
+    if shape != target:
+        _checks.broadcasts("directions", shape, target)
     if mask is not None:
-        mask = _checks.mask_of("mask", mask, "z", z, target if mask.ndim > z.ndim else tuple(z.shape))
+        mask = _checks.mask_of("mask", mask, "z", z, target)
     if not z.is_contiguous():
         z = z.contiguous()
     if not directions.is_contiguous():
         directions = directions.contiguous()
     if out is not None:
         out = _checks.output(out, tuple(z.shape), "z", z, (z, directions, device, mask))
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (z, directions, device, mask)):
+    elif torch.is_grad_enabled() and (
+        z.requires_grad
+        or directions.requires_grad
+        or (device is not None and device.requires_grad)
+        or (mask is not None and mask.requires_grad)
+    ):
         return _Edit.apply(z, directions, device, host, mask)
     else:
         out = torch.empty_like(z)
-    implementation("edit", z.device.type)(z, directions, device, host, mask, out)
+    implementation("edit", z)(z, directions, device, host, mask, out)
     return out
 
 
@@ -152,7 +158,7 @@ class _Blend(torch.autograd.Function):
     def forward(ctx, base, edited, mask):
         ctx.save_for_backward(*((base, edited) if ctx.needs_input_grad[2] else (None, None)), mask)
         out = torch.empty_like(base)
-        implementation("blend", base.device.type)(base, edited, mask, out)
+        implementation("blend", base)(base, edited, mask, out)
         return out
 
     @staticmethod
@@ -197,7 +203,7 @@ def blend(base: Tensor, edited: Tensor, mask: Tensor, *, out: Tensor | None = No
     """
     _checks.latent("base", base)
     _checks.like("edited", edited, "base", base)
-    mask = _checks.mask_of("mask", mask, "base", base, tuple(base.shape))
+    mask = _checks.mask_of("mask", mask, "base", base, base.shape)
     if not base.is_contiguous():
         base = base.contiguous()
     if not edited.is_contiguous():
@@ -208,5 +214,5 @@ def blend(base: Tensor, edited: Tensor, mask: Tensor, *, out: Tensor | None = No
         return _Blend.apply(base, edited, mask)
     else:
         out = torch.empty_like(base)
-    implementation("blend", base.device.type)(base, edited, mask, out)
+    implementation("blend", base)(base, edited, mask, out)
     return out

@@ -52,7 +52,7 @@ class _Interpolate(torch.autograd.Function):
         ctx.save_for_backward(a, b, t)
         ctx.rest = ts, mode, layout
         out = torch.empty(shape, dtype=a.dtype, device=a.device)
-        implementation("interpolate", a.device.type)(a, b, t, ts, mode, *layout, out)
+        implementation("interpolate", a)(a, b, t, ts, mode, *layout, out)
         return out
 
     @staticmethod
@@ -64,9 +64,7 @@ class _Interpolate(torch.autograd.Function):
         grad_a = torch.empty_like(a) if want_a else None
         grad_b = torch.empty_like(b) if want_b else None
         grad_t = t.new_empty((t.shape[0], layout[0] * layout[2])) if want_t else None
-        implementation("interpolate_bwd", a.device.type)(
-            grad.contiguous(), a, b, t, ts, mode, *layout, grad_a, grad_b, grad_t
-        )
+        implementation("interpolate_bwd", a)(grad.contiguous(), a, b, t, ts, mode, *layout, grad_a, grad_b, grad_t)
         if grad_t is not None and t.shape[1] == 1:
             grad_t = grad_t.sum(1, keepdim=True)
         return grad_a, grad_b, grad_t, None, None, None, None
@@ -151,7 +149,7 @@ def _interpolate(mode: str, a: Tensor, b: Tensor, t, dim: _Dim, out: Tensor | No
         out = torch.empty((k, *shape), dtype=a.dtype, device=a.device)
     else:
         out = torch.empty_like(a)
-    implementation("interpolate", a.device.type)(a, b, device, host, MODES[mode], *layout, out)
+    implementation("interpolate", a)(a, b, device, host, MODES[mode], *layout, out)
     return out
 
 
@@ -319,7 +317,7 @@ class _VectorMix(torch.autograd.Function):
     def forward(ctx, x, coefficients):
         ctx.save_for_backward(x, coefficients)
         out = x.new_empty((coefficients.shape[0], *x.shape[1:]))
-        implementation("vector_mix", x.device.type)(x, coefficients, *x.shape[1:], out)
+        implementation("vector_mix", x)(x, coefficients, *x.shape[1:], out)
         return out
 
     @staticmethod
@@ -344,7 +342,7 @@ class _VectorDots(torch.autograd.Function):
     def forward(ctx, x, y):
         ctx.save_for_backward(x, y)
         out = x.new_empty((y.shape[0], x.shape[1] * x.shape[3], x.shape[0]), dtype=torch.float64)
-        implementation("vector_dots", x.device.type)(x, y, *x.shape[1:], out)
+        implementation("vector_dots", x)(x, y, *x.shape[1:], out)
         return out
 
     @staticmethod

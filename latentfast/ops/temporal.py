@@ -22,7 +22,7 @@ class _Temporal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, other, operator, arguments):
-        loss, grad = _run(operator, z, arguments, 1.0, True)
+        loss, grad = _run(operator, z, arguments, 1.0, True, False)
         ctx.save_for_backward(grad)
         return loss
 
@@ -45,20 +45,21 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     batch = grad.shape[0]
     width = grad.numel() // batch if batch else 0
     coefficients = upstream.reshape(1, batch, 1).contiguous()
-    implementation("vector_mix", grad.device.type)(grad.unsqueeze(0), coefficients, batch, 1, 1, width, out)
+    implementation("vector_mix", grad)(grad.unsqueeze(0), coefficients, batch, 1, 1, width, out)
     return out
 
 
 def _run(
-    operator: str, z: Tensor, arguments: tuple, scale: float, want_grad: bool, out=None
+    operator: str, z: Tensor, arguments: tuple, scale: float, want_grad: bool, single: bool, out=None
 ) -> tuple[Tensor, Tensor | None]:
-    """One operator call: the losses (B,) and, if wanted, `scale` times their gradient in `z`."""
+    """One operator call: the losses (B,), without dimension if `single`, and `scale` times their gradient in `z`."""
     if out is None:
-        loss = torch.empty(z.shape[0], dtype=_loss_dtype(z), device=z.device)
+        # allocated in its final shape: a squeeze() afterwards costs as much as the check of all arguments
+        loss = z.new_empty(() if single else z.shape[:1], dtype=_loss_dtype(z))
         grad = torch.empty_like(z) if want_grad else None
     else:
         loss, grad = out
-    run = implementation(operator, z.device.type)
+    run = implementation(operator, z)
     if operator == "temporal_loss":
         ref, mask, first, second, norm, eps, frame_dim = arguments
         run(z, ref, mask, first, second, norm, eps, scale, frame_dim, loss, grad)
@@ -68,13 +69,13 @@ def _run(
     return loss, grad
 
 
-def _number(name: str, value: float, low: float | None) -> float:
+def _number(name: str, value: float, low: float = -math.inf) -> float:
+    if value.__class__ is float and low <= value < math.inf and value > -math.inf:
+        return value
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not isinstance(value, torch.SymFloat | torch.SymInt) and (
-        not math.isfinite(value) or (low is not None and value < low)
-    ):
-        raise ValueError(f"{name} must be finite{'' if low is None else f' and at least {low:g}'}, got {value}")
+    if not isinstance(value, torch.SymFloat | torch.SymInt) and (not math.isfinite(value) or value < low):
+        raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and at least {low:g}'}, got {value}")
     return value
 
 
@@ -100,17 +101,18 @@ def _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduc
     if norm not in NORMS:
         raise ValueError(f"norm must be l2, l1 or charbonnier, got {norm!r}")
     _checked_reduction(reduction)
-    frame_dim = _checked_frame_dim(z, frame_dim)
+    if frame_dim.__class__ is not int or not 0 < frame_dim < z.ndim:
+        frame_dim = _checked_frame_dim(z, frame_dim)
     if ref is not None:
         _checks.like("ref", ref, "z", z)
         if not ref.is_contiguous():
             ref = ref.contiguous()
     if mask is not None:
-        mask = _checks.mask_of("mask", mask, "z", z, tuple(z.shape))
+        mask = _checks.mask_of("mask", mask, "z", z, z.shape)
         _frozen("mask", mask)
     if not z.is_contiguous():
         z = z.contiguous()
-    first, second = _number("first", first, None), _number("second", second, None)
+    first, second = _number("first", first), _number("second", second)
     return z, (ref, mask, first, second, NORMS[norm], _number("eps", eps, 0.0), frame_dim)
 
 
@@ -119,10 +121,12 @@ def _checked_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be mean or none, got {reduction!r}")
 
 
+def _single(z: Tensor, reduction: str) -> bool:
+    return reduction == "mean" and z.shape[0] == 1
+
+
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.squeeze(0) if loss.shape[0] == 1 else loss.mean()
+    return loss.mean() if reduction == "mean" and loss.ndim else loss
 
 
 def temporal_loss(
@@ -177,7 +181,7 @@ def temporal_loss(
     if torch.is_grad_enabled() and (z.requires_grad or (ref is not None and ref.requires_grad)):
         loss = _Temporal.apply(z, ref, "temporal_loss", arguments)
     else:
-        loss, _ = _run("temporal_loss", z, arguments, 1.0, False)
+        loss, _ = _run("temporal_loss", z, arguments, 1.0, False, _single(z, reduction))
     return _reduced(loss, reduction)
 
 
@@ -222,19 +226,21 @@ def temporal_loss_and_grad(
         >>> loss, grad.flatten()
         (tensor(1.), tensor([-2.,  2.]))
     """
-    with torch.no_grad():
-        z, arguments = _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduction)
-        batch = z.shape[0]
-        scale = 1.0 / batch if reduction == "mean" and batch else 1.0
-        if out is not None:
-            if not isinstance(out, tuple) or len(out) != 2:
-                raise TypeError(f"out must be a pair (losses, gradient), got {type(out).__name__}")
-            inputs = (z, arguments[0], arguments[1])
-            _checks.output(out[0], (batch,), "the loss", z.new_empty(0, dtype=_loss_dtype(z)), inputs)
-            _checks.output(out[1], tuple(z.shape), "z", z, inputs)
-        loss, grad = _run("temporal_loss", z, arguments, scale, True, out)
-        assert grad is not None  # asked for
-        return _reduced(loss, reduction), grad
+    z = _checks.latent("z", z).detach() if isinstance(z, Tensor) and z.requires_grad else z
+    ref = ref.detach() if isinstance(ref, Tensor) and ref.requires_grad else ref
+    mask = mask.detach() if isinstance(mask, Tensor) and mask.requires_grad else mask
+    z, arguments = _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduction)
+    batch = z.shape[0]
+    scale = 1.0 / batch if reduction == "mean" and batch else 1.0
+    if out is not None:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(f"out must be a pair (losses, gradient), got {type(out).__name__}")
+        inputs = (z, arguments[0], arguments[1])
+        _checks.output(out[0], (batch,), "the loss", z.new_empty(0, dtype=_loss_dtype(z)), inputs)
+        _checks.output(out[1], tuple(z.shape), "z", z, inputs)
+    loss, grad = _run("temporal_loss", z, arguments, scale, True, _single(z, reduction), out)
+    assert grad is not None  # asked for
+    return _reduced(loss, reduction), grad
 
 
 def warp_loss(
@@ -300,5 +306,5 @@ def warp_loss(
     if torch.is_grad_enabled() and z.requires_grad:
         loss = _Temporal.apply(z, None, "warp_loss", arguments)
     else:
-        loss, _ = _run("warp_loss", z, arguments, 1.0, False)
+        loss, _ = _run("warp_loss", z, arguments, 1.0, False, _single(z, reduction))
     return _reduced(loss, reduction)
