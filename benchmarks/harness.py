@@ -1,0 +1,212 @@
+"""Timing: device time from CUDA graphs over rotating inputs, host time from loops that do not wait, interleaved."""
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = tuple[Tensor, ...]
+Percentiles = tuple[float, float, float]
+
+_CALLS_IN_A_GRAPH = 60
+_SPIN_CYCLES = 1_000_000  # half a millisecond
+
+
+@dataclass
+class Variant:
+    """One way to compute a case: `call(*inputs)` inside the context that `within()` makes."""
+
+    name: str
+    call: Callable[..., Any]
+    within: Callable[[], AbstractContextManager] = nullcontext
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a measurement goes on."""
+
+    seconds: float = 0.2  # of device time, for each variant of a case
+    least_rounds: int = 7
+    most_rounds: int = 40
+    host_rounds: int = 25
+    host_calls: int = 20
+
+    @classmethod
+    def quick(cls) -> "Effort":
+        """Just enough to run every line."""
+        return cls(seconds=0.01, least_rounds=3, most_rounds=3, host_rounds=3, host_calls=3)
+
+
+def percentiles(values: list[float]) -> Percentiles:
+    """The 20th, 50th and 80th percentile, each a value that was measured."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[round(0.2 * last)], ordered[round(0.5 * last)], ordered[round(0.8 * last)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is one that works on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection inside: it would fall on whichever variant runs."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def cold_bytes(device: torch.device) -> int:
+    """The footprint over which inputs rotate: four times the last cache."""
+    if device.type == "cuda":
+        return 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    return 128 << 20
+
+
+def sets_for(bytes_per_call: int, device: torch.device, most: int = 64) -> int:
+    """How many sets of inputs and outputs fill `cold_bytes`."""
+    return min(most, max(1, -(-cold_bytes(device) // max(bytes_per_call, 1))))
+
+
+def copy_rate(device: torch.device, nbytes: int, effort: Effort) -> float:
+    """Bytes read plus written in a second by a large copy within the device's memory: what all floors rest on."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = Variant("copy", lambda x: target.copy_(x))
+    times = device_times([copy], [(source,)], device, effort)["copy"]
+    if times is None:
+        raise RuntimeError(f"the copy that sets the floor could not be timed: {'; '.join(copy.problems)}")
+    return 2 * nbytes / times[1] * 1e6
+
+
+class _Graph:
+    """A CUDA graph that walks over the sets of inputs; outputs are kept apart, so that they rotate as well."""
+
+    def __init__(self, variant: Variant, sets: list[Inputs], pool: Any) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), variant.within():
+            for inputs in sets[:2]:
+                variant.call(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        # One large call is long enough for the events; small ones are put in a row.
+        order = sets * (1 if len(sets) == 1 else -(-_CALLS_IN_A_GRAPH // len(sets)))
+        self.calls = len(order)
+        outputs: deque[Any] = deque(maxlen=len(sets))
+        with variant.within(), torch.cuda.graph(self.graph, pool=pool):
+            for inputs in order:
+                outputs.append(variant.call(*inputs))
+        outputs.clear()  # the graph's pool keeps the memory; the next variant's graph may share it, as they take turns
+
+    def microseconds(self) -> float:
+        """One replay, a call."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The device spins until graph and events are queued; else the way from the host to it would be timed too.
+        torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / self.calls
+
+
+class _Loop:
+    """The same without a device of its own: wall time of the calls one after another."""
+
+    def __init__(self, variant: Variant, sets: list[Inputs]) -> None:
+        self.variant, self.sets, self.calls = variant, sets, len(sets)
+        self.microseconds()
+
+    def microseconds(self) -> float:
+        with self.variant.within():
+            start = time.perf_counter()
+            for inputs in self.sets:
+                self.variant.call(*inputs)
+            return (time.perf_counter() - start) * 1e6 / len(self.sets)
+
+
+def device_times(
+    variants: list[Variant], sets: list[Inputs], device: torch.device, effort: Effort
+) -> dict[str, Percentiles | None]:
+    """Microseconds a call on the device; None for a variant that cannot be measured (its `problems` say why).
+
+    The variants take turns round by round, so that clocks, heat and neighbours fall on all alike.
+    """
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    runs: dict[str, _Graph | _Loop] = {}
+    for variant in variants:
+        try:
+            runs[variant.name] = _Graph(variant, sets, pool) if device.type == "cuda" else _Loop(variant, sets)
+        except Exception as error:  # one variant's failure is a finding about it and must not end the run
+            synchronize(device)
+            variant.problems.append(f"device time: {type(error).__name__}: {first_line(error)}")
+    values: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = {}
+    for name, run in runs.items():
+        run.microseconds()
+        total = max(run.microseconds() * run.calls, 1.0) / 1e6
+        rounds[name] = min(effort.most_rounds, max(effort.least_rounds, int(effort.seconds / total)))
+    with _quiet():
+        for i in range(max(rounds.values(), default=0)):
+            for name, run in runs.items():
+                if i < rounds[name]:
+                    values[name].append(run.microseconds())
+    runs.clear()
+    return {v.name: percentiles(values[v.name]) if values.get(v.name) else None for v in variants}
+
+
+def host_times(
+    variants: list[Variant], inputs: Inputs, device: torch.device, effort: Effort, slow: bool
+) -> dict[str, Percentiles | None]:
+    """Microseconds until a call returns to the host, the device being waited for between rounds only.
+
+    `slow`: a call's work on the device is long, so few calls are put in a row. So the launch queue (1,024 entries)
+    never fills, which would make the host wait and the number the device's.
+    """
+    calls = 3 if slow else effort.host_calls
+    rounds = min(effort.host_rounds, 7) if slow else effort.host_rounds
+    values: dict[str, list[float]] = {v.name: [] for v in variants}
+    usable = []
+    for variant in variants:
+        try:
+            with variant.within():
+                for _ in range(2):
+                    variant.call(*inputs)
+            synchronize(device)
+            usable.append(variant)
+        except Exception as error:
+            variant.problems.append(f"host time: {type(error).__name__}: {first_line(error)}")
+    with _quiet():
+        for _ in range(rounds):
+            for variant in usable:
+                call = variant.call
+                with variant.within():
+                    call(*inputs)  # wakes the allocator and the caches for this variant
+                    synchronize(device)
+                    start = time.perf_counter()
+                    for _ in range(calls):
+                        call(*inputs)
+                    values[variant.name].append((time.perf_counter() - start) * 1e6 / calls)
+                synchronize(device)
+    return {name: percentiles(v) if v else None for name, v in values.items()}
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line, for a note in a row."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,0 +1,191 @@
+"""A measured row: one case on one backend with its baselines, as a line of JSON."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import latentfast
+
+RESULTS = Path(__file__).parent / "results"
+#: Baselines by their key in a row: the reference, eager and compiled, and the field's expression, likewise.
+BASELINES = ("eager", "compiled", "field_eager", "field_compiled")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds a call, [p20, p50, p80]: on the device, and until it returns to the host (None: not measured)."""
+
+    device_us: list[float] | None = None
+    host_us: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a row was measured."""
+
+    card: str
+    driver: str
+    torch: str
+    triton: str
+    python: str
+    latentfast: str
+    commit: str
+    date: str
+    threads: int
+    copy_tbs: float  # measured copy rate, bytes read + written, in 10^12 bytes a second
+
+
+@dataclass(frozen=True)
+class Row:
+    """See README.md in this folder for the fields' meaning."""
+
+    op: str
+    variant: str
+    stem: str
+    workload: str
+    shape: list[int]
+    dtype: str
+    batch: int
+    backend: str
+    device_us: list[float] | None
+    host_us: list[float] | None
+    bytes: int
+    floor_us: float
+    floor_share: float | None
+    gbs: float | None
+    add_us: float | None  # host time of `add_` on one element, measured between this row's rounds
+    baselines: dict[str, Times]
+    field_note: str
+    error_rel_l2: float
+    error_ulp: float
+    reference_rel_l2: float
+    reference_ulp: float
+    correct: bool
+    quick: bool  # a smoke run on tiny sizes: says nothing about speed
+    notes: list[str]
+    environment: Environment = field(repr=False)
+
+    @property
+    def case(self) -> tuple[str, str, str, str]:
+        """What was computed, on whatever backend."""
+        return self.op, self.variant, self.workload, self.dtype
+
+    @property
+    def title(self) -> str:
+        """The operation as a table names it."""
+        return f"{self.op} {self.variant}".strip()
+
+    def speedup(self, baseline: str, clock: str) -> float | None:
+        """How many times longer `baseline` takes by `clock` ("device_us" or "host_us"), by the medians."""
+        own, other = getattr(self, clock), getattr(self.baselines.get(baseline, Times()), clock)
+        return other[1] / own[1] if own and other else None
+
+    def to_json(self) -> str:
+        """One line. The speed-ups are written for the reader's sake; reading takes them from the times."""
+        data = asdict(self)
+        for name, times in data["baselines"].items():
+            times["device_speedup"] = _rounded(self.speedup(name, "device_us"))
+            times["host_speedup"] = _rounded(self.speedup(name, "host_us"))
+        return json.dumps(_rounded(data), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Row":
+        """The row of a line; ValueError if a field is missing or unknown."""
+        data = json.loads(line)
+        known = {f.name for f in fields(cls)}
+        if set(data) != known:
+            raise ValueError(f"a row has the wrong fields: {sorted(set(data) ^ known)}")
+        data["environment"] = Environment(**data["environment"])
+        data["baselines"] = {
+            name: Times(times["device_us"], times["host_us"]) for name, times in data["baselines"].items()
+        }
+        return cls(**data)
+
+
+def _rounded(x: Any) -> Any:
+    """Five digits, enough for any clock; structures alike."""
+    if isinstance(x, float):
+        return float(f"{x:.5g}")
+    if isinstance(x, dict):
+        return {k: _rounded(v) for k, v in x.items()}
+    return [_rounded(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def _command(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """LATENTFAST_COMMIT, for a copy of the tree without its history; else what git says, marked if files differ."""
+    here = Path(__file__).parent
+    head = _command("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
+    dirty = "+" if head and _command("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no") else ""
+    return os.environ.get("LATENTFAST_COMMIT") or (head + dirty) or "unknown"
+
+
+def environment(device: torch.device, copy_rate: float) -> Environment:
+    """The machine that this process runs on; `copy_rate` in bytes a second."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    else:
+        card, driver = f"{_cpu_name()} ({torch.backends.cpu.get_cpu_capability()})", "none"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    return Environment(
+        card=card,
+        driver=driver or "unknown",
+        torch=torch.__version__,
+        triton=triton,
+        python=platform.python_version(),
+        latentfast=latentfast.__version__,
+        commit=_commit(),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        threads=torch.get_num_threads(),
+        copy_tbs=copy_rate / 1e12,
+    )
+
+
+def save(rows: Iterable[Row], path: Path) -> None:
+    """Write rows to a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(row.to_json() + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file."""
+    return [Row.from_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def load_all(folder: Path = RESULTS) -> list[Row]:
+    """The rows of every file of a folder, smoke runs left out."""
+    return [row for path in sorted(folder.glob("*.jsonl")) for row in load(path) if not row.quick]
+
+
+def slug(text: str) -> str:
+    """A name fit for a file."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
