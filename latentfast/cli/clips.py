@@ -1,0 +1,193 @@
+"""The commands ``generate``, ``interpolate`` and ``edit``: one clip file each, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from latentfast.cli.errors import UserError
+from latentfast.cli.output import atomic_outputs, check_file_target
+from latentfast.cli.progress import Bar
+from latentfast.cli.recipes import MaskedEdit, latent_path, mix_prompts, outside_keeps_bits
+from latentfast.cli.record import checksum, tensors_to_bytes
+from latentfast.cli.request import Mask, Request, check_prompt
+from latentfast.cli.sampler import Sampler, StepCallback
+from latentfast.cli.video import encode_mp4, tile
+
+__all__ = ["Output", "edit", "generate", "interpolate"]
+
+SPACES = ("noise", "latent")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a clip goes: the mp4, its rate, and a safetensors file for its latents if wanted."""
+
+    out: Path
+    fps: int = 16
+    save_latents: Path | None = None
+
+    def targets(self) -> list[Path]:
+        check_file_target("--out", self.out)
+        if self.save_latents is None:
+            return [self.out]
+        check_file_target("--save-latents", self.save_latents)
+        if self.save_latents.resolve() == self.out.resolve():
+            raise UserError(f"--save-latents: {self.save_latents} is the clip's own file")
+        return [self.out, self.save_latents]
+
+
+def generate(request: Request, output: Output, *, prompt: str, seed: int) -> None:
+    """Make one clip from a prompt."""
+    prompt = check_prompt("PROMPT", prompt)
+    with _Job(request, output, note={"command": "generate", "prompt": prompt, "seed": seed}) as job:
+        latents = job.denoise("denoising", [prompt], job.sampler.noise(seed))
+        job.finish(job.sampler.decode(latents)[0], {"latents": latents})
+
+
+def interpolate(
+    request: Request,
+    output: Output,
+    *,
+    prompts: Sequence[str],
+    seeds: tuple[int, int],
+    count: int,
+    space: str,
+    columns: int | None,
+) -> None:
+    """Make clips on the way from one seed or prompt to another, side by side."""
+    first, last = (check_prompt(name, text) for name, text in zip(("PROMPT_A", "PROMPT_B"), prompts, strict=True))
+    if space not in SPACES:
+        raise UserError(f"--space: expected {' or '.join(SPACES)}, got '{space}'")
+    if first == last and seeds[0] == seeds[1]:
+        raise UserError("both ends have the same prompt and seed: give PROMPT_B or two different --seeds")
+    note = {"command": "interpolate", "prompts": [first, last], "seeds": list(seeds), "count": count, "space": space}
+    with _Job(request, output, note=note, clips=count if space == "noise" else 2) as job:
+        sampler = job.sampler
+        noises = [sampler.noise(seed) for seed in seeds]
+        if space == "noise":
+            path = latent_path(noises[0], noises[1], count)
+            conditions: Sequence[str] | Tensor = [first] * count
+            if first != last:
+                conditions = mix_prompts(sampler, [first, last], count)
+            done = [
+                job.denoise(f"denoising {i + 1} of {count}", conditions[i : i + 1], path[i : i + 1].contiguous())
+                for i in range(count)
+            ]
+            latents = torch.cat(done)
+        else:
+            ends = [
+                job.denoise(f"denoising end {i + 1}", [text], noise)
+                for i, (text, noise) in enumerate(zip((first, last), noises, strict=True))
+            ]
+            latents = latent_path(ends[0], ends[1], count)
+        clips = sampler.decode(latents)
+        job.finish(tile(list(clips), columns=columns), {"latents": latents})
+
+
+def edit(
+    request: Request,
+    output: Output,
+    *,
+    prompt: str,
+    edit_prompt: str,
+    seed: int,
+    mask: str,
+    strength: float,
+    observe: float,
+    compare: bool,
+) -> None:
+    """Make a clip and change it towards another prompt inside a region only."""
+    prompt, edit_prompt = check_prompt("PROMPT", prompt), check_prompt("EDIT_PROMPT", edit_prompt)
+    if prompt == edit_prompt:
+        raise UserError("EDIT_PROMPT equals PROMPT: there is nothing to edit")
+    region = Mask.parse(mask)
+    note = {
+        "command": "edit",
+        "prompt": prompt,
+        "edit_prompt": edit_prompt,
+        "seed": seed,
+        "mask": mask,
+        "strength": strength,
+    }
+    with _Job(request, output, note=note, clips=2) as job:
+        sampler = job.sampler
+        noise = sampler.noise(seed)
+        sampler.frame_dim(noise)  # refuses latents without a grid, before the work
+        confined = MaskedEdit(sampler, mask=region.on(sampler, noise), strength=strength, observe=observe)
+        both = job.denoise("denoising source and edit", [prompt, edit_prompt], noise.repeat_interleave(2, 0), confined)
+        source, edited = both.chunk(2)
+        outside, kept = outside_keeps_bits(source, edited, confined.mask)
+        if kept != outside:
+            raise RuntimeError(f"{outside - kept} of {outside} values outside the mask lost the source's bits")
+        clips = sampler.decode(both)
+        clip = tile(list(clips)) if compare else clips[1]
+        share = 1 - outside / source.numel()
+        job.say(f"mask: {share:.0%} of the latents; outside it {kept} of {outside} values keep the source's bits")
+        job.finish(clip, {"source": source, "edited": edited, "mask": confined.mask})
+
+
+class _Job:
+    """The frame around a command: scratch outputs first (a bad --out shows before the work), then model, bar, files."""
+
+    def __init__(self, request: Request, output: Output, *, note: dict, clips: int = 1) -> None:
+        self._request, self._output, self._note, self._clips = request, output, note, clips
+
+    def __enter__(self) -> _Job:
+        self._start = time.perf_counter()
+        self._lines: list[str] = []
+        with ExitStack() as stack:
+            self._scratch = stack.enter_context(atomic_outputs(*self._output.targets()))
+            self.sampler: Sampler = stack.enter_context(self._request.sampler())
+            self._bar = stack.enter_context(Bar(self.sampler.steps * self._clips))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.__exit__(*error)
+        if error[0] is None:
+            console = Console(highlight=False, soft_wrap=True)
+            for line in self._lines:
+                console.print(line, markup=False)
+
+    def denoise(
+        self, text: str, prompts: Sequence[str] | Tensor, noise: Tensor, on_step: StepCallback | None = None
+    ) -> Tensor:
+        self._bar.stage(text)
+
+        def watched(step: int, latents: Tensor) -> Tensor:
+            self._bar.advance(len(noise))
+            return latents if on_step is None else on_step(step, latents)
+
+        return self.sampler.denoise(prompts, noise, on_step=watched)
+
+    def say(self, line: str) -> None:
+        """A line for the terminal once the files are in place."""
+        self._lines.append(line)
+
+    def finish(self, clip: Tensor, latents: dict[str, Tensor]) -> None:
+        """Write the clip, and the latents if wanted, to the scratch files."""
+        self._bar.stage("writing")
+        data = encode_mp4(clip, fps=self._output.fps)
+        self._scratch[0].write_bytes(data)
+        if self._output.save_latents is not None:
+            note = {**self._note, **asdict(self._request), "call": self.sampler.call}
+            text = json.dumps(note, default=str, sort_keys=True)
+            self._scratch[1].write_bytes(tensors_to_bytes(latents, {"latentfast": text}))
+            self._lines.append(f"{self._output.save_latents}  {', '.join(latents)}")
+        frames, height, width, _ = clip.shape
+        asked = self.sampler.setting("num_frames")
+        if asked is not None and frames != asked:
+            self._lines.append(f"the model makes {frames} frames of the {asked} asked for")
+        seconds = time.perf_counter() - self._start
+        self._lines.append(
+            f"{self._output.out}  {frames} frames of {width}x{height}, {seconds:.1f} s, sha256 {checksum(data)[:16]}"
+        )

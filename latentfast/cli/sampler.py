@@ -1,0 +1,158 @@
+"""A pipeline's three moves through its public interface: noise from a seed, noise to latents, latents to frames."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentfast.cli.errors import UserError, one_line
+
+__all__ = ["Sampler", "StepCallback"]
+
+# (index of the step that just ended, the latents after it) -> the latents to go on with
+StepCallback = Callable[[int, Tensor], Tensor]
+
+
+@dataclass
+class Sampler:
+    """A text-to-video pipeline with the call's fixed arguments.
+
+    Every pipeline whose call takes ``latents``, ``output_type="latent"`` and ``callback_on_step_end`` works; the
+    latents keep that pipeline's own layout.
+
+    Attributes:
+        pipeline: the loaded ``DiffusionPipeline``.
+        call: keyword arguments of every call: steps, guidance, size. What is not in it keeps the pipeline's default.
+    """
+
+    pipeline: Any
+    call: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        defaults = inspect.signature(type(self.pipeline).__call__).parameters
+        for name in self.call:
+            if name not in defaults:
+                raise UserError(f"{type(self.pipeline).__name__} takes no '{name}'")
+        self._defaults = {name: parameter.default for name, parameter in defaults.items()}
+
+    def setting(self, name: str) -> Any:
+        """The value in force for an argument of the pipeline's call: ours, else the pipeline's default."""
+        value = self.call.get(name, self._defaults.get(name))
+        return None if value is inspect.Parameter.empty else value
+
+    @property
+    def steps(self) -> int:
+        return int(self.setting("num_inference_steps"))
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.pipeline.transformer.config.in_channels)
+
+    def frame_dim(self, latents: Tensor) -> int:
+        """The frames' dimension: 2 for latents ``(B, C, T, H, W)``, 1 for ``(B, T, C, H, W)``.
+
+        Raises:
+            UserError: the pipeline packs its latents into tokens, where no region or frame can be named.
+        """
+        if latents.ndim != 5:
+            name = type(self.pipeline).__name__
+            raise UserError(f"{name} packs its latents into tokens: no region or frame can be named in them")
+        return 2 if latents.shape[1] == self.channels else 1
+
+    def noise(self, seed: int) -> Tensor:
+        """The starting noise of one clip, drawn on the CPU so that a seed means the same on every device."""
+        prepare = self.pipeline.prepare_latents
+        known = {
+            "batch_size": 1,
+            "num_channels_latents": self.channels,
+            "height": self.setting("height"),
+            "width": self.setting("width"),
+            "num_frames": self.setting("num_frames"),
+            "dtype": torch.float32,
+            "device": self.device,
+            "generator": torch.Generator("cpu").manual_seed(seed),
+        }
+        names = inspect.signature(prepare).parameters
+        return self._checked(prepare, **{name: value for name, value in known.items() if name in names})
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """The prompts' embeddings, one row each.
+
+        Raises:
+            UserError: the pipeline's call wants more than one tensor to describe a prompt.
+        """
+        if "prompt_attention_mask" in self._defaults or "prompt_embeds" not in self._defaults:
+            name = type(self.pipeline).__name__
+            raise UserError(f"{name} has no single prompt embedding to mix: use --space latent")
+        options = {"do_classifier_free_guidance": False, "device": self.device}
+        if self.setting("max_sequence_length") is not None:
+            options["max_sequence_length"] = self.setting("max_sequence_length")
+        return self._checked(self.pipeline.encode_prompt, prompt=list(prompts), **options)[0]
+
+    def denoise(self, prompts: Sequence[str] | Tensor, noise: Tensor, *, on_step: StepCallback | None = None) -> Tensor:
+        """Noise to clean latents, in the pipeline's layout and normalisation.
+
+        Args:
+            prompts: a text, or a row of :meth:`embed`, for each sample of ``noise``.
+            noise: the starting noise, a batch of :meth:`noise`.
+            on_step: sees the latents after each step and returns those to go on with.
+        """
+
+        def forward(pipeline, step: int, timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"latents": on_step(step, tensors["latents"])} if on_step is not None else {}
+
+        condition = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
+        return self._run(output_type="latent", latents=noise, callback_on_step_end=forward, **condition)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents to uint8 frames ``(B, T, H, W, 3)`` on the CPU, one clip at a time to bound the memory."""
+        return torch.stack([self._decode_one(sample[None]) for sample in latents])
+
+    def _decode_one(self, latents: Tensor) -> Tensor:
+        from diffusers import AutoencoderKLWan
+
+        vae = self.pipeline.vae
+        is_wan = isinstance(vae, AutoencoderKLWan)
+        if is_wan:
+            shape = (1, -1, 1, 1, 1)
+            mean = torch.tensor(vae.config.latents_mean, device=vae.device, dtype=vae.dtype).view(shape)
+            std = torch.tensor(vae.config.latents_std, device=vae.device, dtype=vae.dtype).view(shape)
+            # The order of operations is WanPipeline's own, so that the pixels are too, to the last bit.
+            clip = vae.decode(latents.to(vae.device, vae.dtype) / (1.0 / std) + mean, return_dict=False)[0]
+            video = self.pipeline.video_processor.postprocess_video(clip, output_type="pt")
+        else:
+            # How latents become pixels (packing, scales, timestep-conditioned decoders) is the pipeline's secret. One
+            # step whose result is replaced makes it decode what we give it, through its public call alone.
+            video = self._run(
+                prompt="",
+                latents=latents,
+                output_type="pt",
+                callback_on_step_end=lambda *_: {"latents": latents},
+                num_inference_steps=1,
+                guidance_scale=1.0,
+            )
+        frames = (video[0].float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return frames.permute(0, 2, 3, 1).contiguous().cpu()
+
+    def _run(self, **arguments: Any) -> Any:
+        return self._checked(self.pipeline, **{**self.call, **arguments}).frames
+
+    @staticmethod
+    def _checked(function: Callable[..., Any], **arguments: Any) -> Any:
+        """Call into the pipeline; what it refuses (a height that it can't divide, say) is the caller's mistake."""
+        try:
+            with torch.no_grad():
+                return function(**arguments)
+        except ValueError as error:
+            raise UserError(f"the pipeline refuses: {one_line(error)}") from error
