@@ -1,0 +1,277 @@
+"""Trains the text encoder and the transformer together, by flow matching on latents of rendered clips.
+
+The pipeline pads prompts with zero vectors to ``max_sequence_length`` (512 unless told otherwise;
+``encode_prompt`` alone: 226), and Wan's cross-attention has no mask, so the number of zeros is part of what the
+model sees. All those keys are equal: here they are one key whose logit carries the logarithm of their number,
+and that number is drawn at random, 512 half of the time.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+from transformers import UMT5EncoderModel
+
+from latentfast.tiny import scene
+from latentfast.tiny.caption import END, MAX_TOKENS, PAD, VOCABULARY, caption, make_tokenizer
+from tools.train_tiny.common import Budget, Log, MuonAdamW, Snapshot, amp, captured, millions, synchronize
+from tools.train_tiny.models import FLOW_SHIFT, make_text_encoder, make_transformer
+from tools.train_tiny.train_vae import encode_pool
+
+RATE, MUON_RATE, WARMUP, DECAY, EMA = 1e-3, 3.0, 150, 0.01, 0.999
+HOLD = 0.3  # of the budget at the full rate, then a cosine to zero
+BATCH, TWO_SHAPES, EMPTY_PROMPT = 64, 0.6, 0.1
+CAPTIONS = 2  # wordings of each scene
+KEYS, LONGEST = 48, 512  # keys of the cross-attention while training; the largest padded length they stand for
+REFRESH, REFRESH_EVERY = 64, 25  # clips drawn anew, and the steps between
+CHECK_EVERY = 20
+
+
+class PaddedCrossAttention:
+    """Wan's cross-attention with a bias on each key: the last key stands for many equal ones. One object
+    serves all blocks.
+    """
+
+    def __init__(self) -> None:
+        self.bias: Tensor | None = None  # (N, 1, 1, KEYS)
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, rotary_emb=None) -> Tensor:
+        heads = (attn.heads, -1)
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads).transpose(1, 2)
+        k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, heads).transpose(1, 2)
+        v = attn.to_v(encoder_hidden_states).unflatten(2, heads).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2).type_as(q))
+
+
+def key_bias(total: Tensor) -> Tensor:
+    """Bias (N, 1, 1, KEYS) for prompts padded to ``total`` (N,) positions, all at least ``KEYS``."""
+    bias = torch.zeros(len(total), KEYS, device=total.device)
+    bias[:, -1] = torch.log(total - (KEYS - 1))
+    return bias.view(-1, 1, 1, KEYS)
+
+
+def embed(text_encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
+    """Embeddings (N, KEYS, D) of token ids (N, L), zero where a prompt has ended, as the pipeline makes them."""
+    there = ids != VOCABULARY.index(PAD)
+    # Four dimensions: the library takes such a mask as it is, without reading it back on the host.
+    mask = torch.where(there, 0.0, torch.finfo(torch.float32).min)[:, None, None]
+    states = text_encoder(ids, mask).last_hidden_state * there[..., None]
+    return F.pad(states, (0, 0, 0, KEYS - ids.shape[1]))
+
+
+def draw_captions(scenes: list[scene.Scene], seed: int, each: int = CAPTIONS) -> Tensor:
+    """Token ids (scenes, each, MAX_TOKENS), int16: wordings with no, few or many factors left out."""
+    rng = random.Random(seed)
+    texts = [
+        caption(s, rng, drop=0.0 if rng.random() < 0.4 else rng.uniform(0.1, 0.6)) for s in scenes for _ in range(each)
+    ]
+    encoded = make_tokenizer()(
+        texts, padding="max_length", max_length=MAX_TOKENS, truncation=False, return_tensors="pt"
+    )
+    if encoded.input_ids.shape[1] != MAX_TOKENS:
+        raise RuntimeError(f"a caption has {encoded.input_ids.shape[1]} tokens; MAX_TOKENS is {MAX_TOKENS}")
+    return encoded.input_ids.view(len(scenes), each, MAX_TOKENS).to(torch.int16)
+
+
+class Pool:
+    """Latents on the device with the scenes they show; old ones are replaced by clips of scenes not seen before."""
+
+    def __init__(self, vae: AutoencoderKLWan, scenes: int, clips: int, seed: int, device: str, smoke: bool) -> None:
+        self.vae, self.device, self.smoke = vae, device, smoke
+        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device)
+        self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
+        table = scene.random_table(scenes, two=TWO_SHAPES, generator=torch.Generator().manual_seed(seed))
+        self.ids = draw_captions(scene.from_table(table), seed).to(device)
+        self.table = table.to(device)
+        self.empty = torch.full((MAX_TOKENS,), VOCABULARY.index(PAD), device=device)
+        self.empty[0] = VOCABULARY.index(END)
+        self.owner = torch.arange(clips, device=device)
+        self.latents = self._draw(self.owner)
+        self.next_scene, self.next_slot = clips % scenes, 0
+
+    def _draw(self, owners: Tensor) -> Tensor:
+        return (encode_pool(self.vae, self.table[owners], self.device, self.smoke) - self.mean) / self.std
+
+    def refresh(self, n: int) -> None:
+        owners = (self.next_scene + torch.arange(n, device=self.device)) % len(self.table)
+        slots = (self.next_slot + torch.arange(n, device=self.device)) % len(self.owner)
+        self.owner[slots] = owners
+        self.latents[slots] = self._draw(owners)
+        self.next_scene = (self.next_scene + n) % len(self.table)
+        self.next_slot = (self.next_slot + n) % len(self.owner)
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Latents (n, 16, T', H', W') and the token ids (n, MAX_TOKENS) of one of their captions, or of the
+        empty prompt.
+        """
+        slot = torch.randint(0, len(self.owner), (n,), device=self.device)
+        wording = torch.randint(0, self.ids.shape[1], (n,), device=self.device)
+        ids = self.ids[self.owner[slot], wording].long()
+        dropped = torch.rand(n, 1, device=self.device) < EMPTY_PROMPT
+        return self.latents[slot], torch.where(dropped, self.empty, ids)
+
+
+def noise_levels(n: int, device: str) -> Tensor:
+    """Logit-normal with the sampler's shift; a fifth is uniform, so that low noise, where edges form, is not
+    starved.
+    """
+    u = torch.sigmoid(torch.randn(n, device=device))
+    shifted = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    return torch.where(torch.rand(n, device=device) < 0.2, torch.rand(n, device=device), shifted)
+
+
+def train(
+    vae: AutoencoderKLWan,
+    budget: Budget,
+    log: Log,
+    device: str,
+    *,
+    seed: int = 0,
+    start: Path | None = None,
+    compile_blocks: bool = True,
+    smoke: bool = False,
+) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
+    """Trains, and saves the averaged weights to ``transformer.pt`` every three minutes and at the end.
+
+    ``start`` is such a file, of an earlier run, to go on from.
+    """
+    began = time.time()
+    scenes, clips, batch = (64, 16, 4) if smoke else (131072, 16384, BATCH)
+    if start:
+        text_encoder, transformer = (m.train() for m in load(start, device, smoke))
+    else:
+        text_encoder, transformer = make_text_encoder(smoke).to(device), make_transformer(smoke).to(device)
+    pool = Pool(vae, scenes, clips, seed, device, smoke)
+    synchronize(device)
+    log(
+        f"transformer: {millions(transformer):.2f}M, text encoder {millions(text_encoder):.2f}M; "
+        f"pool of {clips} latents, {scenes} scenes in {time.time() - began:.1f} s"
+    )
+    named = [(f"text.{n}", p) for n, p in text_encoder.named_parameters()]
+    named += [(f"video.{n}", p) for n, p in transformer.named_parameters()]
+    params = [p for _, p in named]
+    rate, blend = torch.full((), 1e-5, device=device), torch.ones((), device=device)
+    embeddings = ("shared", "embed", "patch_embedding", "proj_out", "scale_shift", "time_embedder", "relative")
+    optimizer = MuonAdamW(named, rate, muon_rate=MUON_RATE, decay=DECAY, adamw_names=embeddings)
+    average = [p.detach().clone() for p in params]
+    cross = PaddedCrossAttention()
+    original = [b.attn2.processor for b in transformer.blocks]
+    for block in transformer.blocks:
+        block.attn2.processor = cross
+    cross.bias = torch.zeros(batch, 1, 1, KEYS, device=device)
+
+    def step() -> Tensor:
+        x, ids = pool.sample(batch)
+        noise, level = torch.randn_like(x), noise_levels(batch, device)
+        s = level.view(-1, 1, 1, 1, 1)
+        shorter = torch.exp(math.log(KEYS) + torch.rand(batch, device=device) * math.log(LONGEST / KEYS))
+        cross.bias.copy_(key_bias(torch.where(torch.rand(batch, device=device) < 0.5, LONGEST, shorter)))
+        with amp(device):
+            velocity = transformer(
+                (1 - s) * x + s * noise,
+                timestep=level * 1000,
+                encoder_hidden_states=embed(text_encoder, ids),
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(velocity.float(), noise - x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_mul_(average, 1 - blend)
+            torch._foreach_add_(average, torch._foreach_mul([p.detach() for p in params], blend))
+        return loss.detach()
+
+    began = time.time()
+    if compile_blocks:
+        try:
+            transformer.compile_repeated_blocks(fullgraph=True)
+            step()
+            synchronize(device)
+        except Exception as e:  # a slower run is better than none
+            log("NOT COMPILED, running eagerly:", repr(e)[:800])
+            torch.compiler.set_stance("force_eager")
+    run = captured(step, log, device)
+    synchronize(device)
+    log(f"transformer: compiled and captured in {time.time() - began:.1f} s")
+
+    def save(step: int, final: bool) -> None:
+        state = {n: a.detach().half().cpu() for (n, _), a in zip(named, average, strict=True)}
+        path = log.folder / "transformer.pt"
+        torch.save({"weights": state, "step": step, "final": final}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)  # a run cut while writing leaves the last whole one
+
+    safe, restarts = Snapshot(params), 0
+    budget.restart()
+    began = told = saved = time.time()
+    step_count, losses, recent = 0, [], math.nan
+    while True:
+        if step_count % CHECK_EVERY == 0:
+            synchronize(device)
+            fraction = budget.fraction(step_count)
+            if losses and not math.isfinite(losses[-1].item()):
+                restarts += 1
+                log(f"transformer: DIVERGED at step {step_count}; back to the last good weights, half the rate")
+                if restarts > 5:
+                    raise RuntimeError("the transformer's training diverged six times")
+                safe.restore()
+                for a, p in zip(average, params, strict=True):
+                    a.copy_(p.detach())
+                optimizer.reset()
+                losses.clear()
+            elif step_count % 1000 == 0:
+                safe.take()
+            if losses and (time.time() - told > 20 or fraction >= 1):
+                told = time.time()
+                recent = torch.stack(losses).mean().item()
+                losses.clear()
+                pace = 1000 * (told - began) / step_count
+                log(f"transformer: step {step_count}, {100 * fraction:.0f}%, loss {recent:.4f}, {pace:.1f} ms a step")
+            if fraction >= 1:
+                break
+            if time.time() - saved > 180:
+                saved = time.time()
+                save(step_count, final=False)
+        if step_count % REFRESH_EVERY == REFRESH_EVERY - 1:
+            pool.refresh(min(REFRESH, clips))
+        rest = max(0.0, fraction - HOLD) / (1 - HOLD)
+        slope = 0.5 + 0.5 * math.cos(math.pi * rest)
+        rate.fill_(RATE * 0.5**restarts * min(1, (step_count + 1) / WARMUP) * slope + 1e-6)
+        blend.fill_(1 - min(EMA, (step_count + 1) / (step_count + 10)))
+        losses.append(run().clone())
+        step_count += 1
+    save(step_count, final=True)
+    log.record(
+        "transformer",
+        steps=step_count,
+        seconds=time.time() - began,
+        loss=recent,
+        million_parameters=millions(transformer),
+        text_encoder_million_parameters=millions(text_encoder),
+    )
+    del run
+    for block, processor in zip(transformer.blocks, original, strict=True):
+        block.attn2.processor = processor
+    return load(log.folder / "transformer.pt", device, smoke)
+
+
+def load(path: Path, device: str, smoke: bool = False) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
+    """Fresh modules, never compiled, with the averaged weights of a checkpoint."""
+    weights = torch.load(path, map_location=device)["weights"]
+    text_encoder, transformer = make_text_encoder(smoke).to(device), make_transformer(smoke).to(device)
+    for prefix, module in (("text.", text_encoder), ("video.", transformer)):
+        state = {n.removeprefix(prefix): w.float() for n, w in weights.items() if n.startswith(prefix)}
+        result = module.load_state_dict(state, strict=False)
+        # Tied copies and constant buffers are not parameters; anything else missing is a mistake.
+        missing = [n for n in result.missing_keys if n in dict(module.named_parameters())]
+        if missing or result.unexpected_keys:
+            raise RuntimeError(f"{path} does not fit the model: missing {missing}, unexpected {result.unexpected_keys}")
+    return text_encoder.eval(), transformer.eval()
