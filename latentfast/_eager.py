@@ -22,15 +22,27 @@ def interpolate(a, b, t, ts, mode, p, n, q, m, out) -> None:
         slot.copy_(function(x, y, value, dim=_VECTOR))
 
 
+def _off_the_ends(t: Tensor) -> Tensor:
+    """`t`, where it is exactly 0 or 1 moved inwards by the least: there the reference hands on an end point, which has
+    no derivative in t, and ours is defined as the smooth formula's."""
+    info = torch.finfo(t.dtype)
+    return torch.where(t == 0, info.tiny, torch.where(t == 1, 1 - info.eps / 2, t))
+
+
 def interpolate_bwd(grad, a, b, t, ts, mode, p, n, q, m, grad_a, grad_b, grad_t) -> None:
     function = getattr(reference.interpolate, _MODE_NAMES[mode])
     k = len(ts) if t is None else t.shape[0]
+    if k == 0:
+        for slot in (grad_a, grad_b):
+            if slot is not None:
+                slot.zero_()
+        return
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     with torch.enable_grad():
         x = a.detach().reshape(p, n, q, m).to(wide).requires_grad_()
         y = b.detach().reshape(p, n, q, m).to(wide).requires_grad_()
         s = torch.tensor(ts, dtype=wide, device=a.device).view(k, 1) if t is None else t.detach().to(wide)
-        s = s.expand(k, p * q).contiguous().requires_grad_()
+        s = _off_the_ends(s).expand(k, p * q).contiguous().requires_grad_()
         out = [function(x, y, row.view(p, 1, q, 1), dim=_VECTOR) for row in s.unbind(0)]
         wanted = [(leaf, slot) for leaf, slot in ((x, grad_a), (y, grad_b), (s, grad_t)) if slot is not None]
         upstream = grad.reshape(k, p, n, q, m).to(wide)

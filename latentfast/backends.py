@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from latentfast import _operators, _settings
+from latentfast import _direct, _operators, _settings
 
 _log = logging.getLogger("latentfast")
 
@@ -22,6 +22,9 @@ NAMES = ("native-cpu", "cuda", "triton", "eager")
 _PREFERENCE = {"cpu": ("native-cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 _NATIVE_LIBRARIES = {"native-cpu": "_native_cpu", "cuda": "_native_cuda"}
 _DISPATCH_KEYS = {"native-cpu": "CPU", "cuda": "CUDA"}
+
+
+_native_paths: dict[str, Path] = {}  # of the libraries that were loaded
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def _load_native(name: str) -> str:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
         return f"its library does not load: {error}"
+    _native_paths[name] = found[0]
     return ""
 
 
@@ -136,7 +140,19 @@ def _log_fallbacks() -> None:
             _log.warning("on %s latentfast runs on backend '%s', not '%s': %s", device, chosen, preference[0], reason)
 
 
+def _open_direct_door(forced: str | None) -> None:
+    """Open the way past the dispatcher to the native backends that are chosen."""
+    _direct.open_for(
+        {
+            _DISPATCH_KEYS[name].lower(): path
+            for name, path in _native_paths.items()
+            if _found[name].available and forced in (None, name)
+        }
+    )
+
+
 _table: _Table = _choices(None)
+_open_direct_door(None)
 
 
 def implementation(name: str, x: torch.Tensor) -> Callable[..., None]:
@@ -148,6 +164,7 @@ def implementation(name: str, x: torch.Tensor) -> Callable[..., None]:
 def _force(name: str | None) -> None:
     global _forced, _table
     _forced, _table = name, _choices(name)
+    _open_direct_door(name)
 
 
 def _checked(name: str, source: str) -> str:

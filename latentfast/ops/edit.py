@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from latentfast import _direct
 from latentfast.backends import implementation
 from latentfast.ops import _checks
 
@@ -95,6 +96,10 @@ def edit(
         >>> latentfast.edit(z, d, [0.5])
         tensor([[0.5000, 1.0000]])
     """
+    if _direct.enabled and out is None and not torch.compiler.is_dynamo_compiling():
+        result = _direct.edit(z, directions, strengths, mask)
+        if result is not None:
+            return result
     _checks.latent("z", z)
     if not isinstance(directions, Tensor):
         raise TypeError(f"directions must be a tensor, got {type(directions).__name__}")
@@ -201,6 +206,10 @@ def blend(base: Tensor, edited: Tensor, mask: Tensor, *, out: Tensor | None = No
         >>> latentfast.blend(torch.zeros(3), torch.ones(3), torch.tensor([0.0, 0.5, 1.0]))
         tensor([0.0000, 0.5000, 1.0000])
     """
+    if _direct.enabled and out is None and not torch.compiler.is_dynamo_compiling():
+        result = _direct.blend(base, edited, mask)
+        if result is not None:
+            return result
     _checks.latent("base", base)
     _checks.like("edited", edited, "base", base)
     mask = _checks.mask_of("mask", mask, "base", base, base.shape)

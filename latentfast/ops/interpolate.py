@@ -1,12 +1,13 @@
 """Interpolation between latents: `lerp`, `nlerp`, `slerp`, their paths, keyframes, and the mean on the sphere."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from latentfast import _direct
 from latentfast._operators import MODES
 from latentfast.backends import implementation
 from latentfast.ops import _checks
@@ -18,7 +19,7 @@ _Layout = tuple[int, int, int, int]
 
 
 def _dims(ndim: int, dim: int | Sequence[int]) -> tuple[int, ...]:
-    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    given = (dim,) if isinstance(dim, int) else tuple(dim) if isinstance(dim, Iterable) else ()
     if not given or not all(isinstance(d, int) and -ndim <= d < ndim for d in given):
         raise ValueError(f"dim must name dimensions of a {ndim}-D tensor, from {-ndim} to {ndim - 1}, got {dim}")
     dims = vector_dims(ndim, given)
@@ -100,6 +101,10 @@ def _host_values(name: str, ts: object) -> list[float]:
 
 def _interpolate(mode: str, a: Tensor, b: Tensor, t, dim: _Dim, out: Tensor | None, path: bool) -> Tensor:
     """All of lerp, nlerp and slerp: one value of t (`path` False) or K of them."""
+    if _direct.enabled and dim is None and out is None and not torch.compiler.is_dynamo_compiling():
+        result = _direct.interpolate(a, b, t, MODES[mode], path)
+        if result is not None:
+            return result
     _checks.latent("a", a)
     _checks.like("b", b, "a", a)
     shape = a.shape
@@ -160,7 +165,7 @@ def _moved(mode: str, a: Tensor, b: Tensor, values, dims: tuple[int, ...], path:
     moved = a.permute(order)
     flat_shape = (rows, math.prod(moved.shape[len(kept) :]))
     if isinstance(values, Tensor):
-        values = values.expand(values.shape[0], rows).reshape(-1, rows, 1)
+        values = values.expand(values.shape[0], rows).unsqueeze(2)
     flat = _interpolate(mode, moved.reshape(flat_shape), b.permute(order).reshape(flat_shape), values, 1, None, True)
     back = [order.index(d) for d in range(a.ndim)]
     result = flat.reshape(flat.shape[0], *moved.shape).permute(0, *(d + 1 for d in back))
@@ -471,6 +476,6 @@ def spherical_mean(latents: Tensor, weights: Sequence[float] | Tensor, *, dim: _
         mean = spherical_mean(moved, weights, dim=tuple(range(len(kept), len(shape))))
         return mean.permute([order.index(d) for d in range(len(shape))]).contiguous()
     x = latents.contiguous().reshape(n, *layout)
-    gram = _VectorDots.apply(x, x).transpose(0, 1)
+    gram = _VectorDots.apply(x, x.view_as(x)).transpose(0, 1)  # Dynamo takes no tensor twice
     coefficients = spherical_mean_coefficients(gram, (w / w.sum()).expand(gram.shape[0], n))
-    return _VectorMix.apply(x, coefficients.unsqueeze(0)).reshape(shape)
+    return _VectorMix.apply(x, coefficients.unsqueeze(0).contiguous()).reshape(shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from latentfast import _direct
 from latentfast._operators import NORMS
 from latentfast.backends import implementation
 from latentfast.ops import _checks
@@ -74,7 +75,7 @@ def _number(name: str, value: float, low: float = -math.inf) -> float:
         return value
     if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not isinstance(value, torch.SymFloat | torch.SymInt) and (not math.isfinite(value) or value < low):
+    if not isinstance(value, torch.SymFloat | torch.SymInt) and not (low <= value < math.inf and value > -math.inf):
         raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and at least {low:g}'}, got {value}")
     return value
 
@@ -176,6 +177,10 @@ def temporal_loss(
         >>> latentfast.temporal_loss(z)
         tensor(2.5000)
     """
+    if _direct.enabled and not torch.compiler.is_dynamo_compiling():
+        made = _direct.temporal_loss(z, ref, mask, first, second, norm, eps, frame_dim, reduction, False)
+        if made is not None:
+            return _reduced(made, reduction)
     z, arguments = _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduction)
     ref = arguments[0]
     if torch.is_grad_enabled() and (z.requires_grad or (ref is not None and ref.requires_grad)):
@@ -226,6 +231,10 @@ def temporal_loss_and_grad(
         >>> loss, grad.flatten()
         (tensor(1.), tensor([-2.,  2.]))
     """
+    if _direct.enabled and out is None and not torch.compiler.is_dynamo_compiling():
+        made = _direct.temporal_loss(z, ref, mask, first, second, norm, eps, frame_dim, reduction, True)
+        if made is not None:
+            return _reduced(made[0], reduction), made[1]
     z = _checks.latent("z", z).detach() if isinstance(z, Tensor) and z.requires_grad else z
     ref = ref.detach() if isinstance(ref, Tensor) and ref.requires_grad else ref
     mask = mask.detach() if isinstance(mask, Tensor) and mask.requires_grad else mask

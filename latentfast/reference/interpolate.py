@@ -16,7 +16,7 @@ from latentfast.reference._common import norm, per_vector, vector_dims, working
 #: |u + v| below which two unit vectors count as opposite. The great circle between them is then no longer determined
 #: by float32 data, and slerp turns through the deterministic orthogonal vector of `quarter_turn` instead.
 OPPOSITE = 1.4e-6
-#: Angle (radians) below which sin(tθ)/sin(θ) is taken from its series; the first term left out is of the order θ⁴.
+#: Angle (radians) below which sin(tθ)/sin(θ) is taken from its series; the first term left out is of the order θ⁶.
 SMALL_ANGLE = 1e-3
 
 
@@ -29,8 +29,8 @@ def quarter_turn(x: Tensor, dims: Sequence[int]) -> Tensor:
     kept = [d for d in range(x.ndim) if d not in dims]
     order = [*kept, *dims]
     moved = x.permute(order)
-    flat = moved.reshape(*moved.shape[: len(kept)], -1)
-    n = flat.shape[-1]
+    n = math.prod(moved.shape[len(kept) :])
+    flat = moved.reshape(*moved.shape[: len(kept)], n)
     pairs = flat[..., : n - n % 2].unflatten(-1, (n // 2, 2))
     turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
     if n % 2:
@@ -89,7 +89,8 @@ def slerp(a: Tensor, b: Tensor, t: float | Tensor, *, dim: int | Sequence[int] |
     sine = torch.where(small | opposite | zero, 1, minus * plus / 2)  # sin θ = 2 sin(θ/2) cos(θ/2)
 
     def weight(s: Tensor) -> Tensor:
-        series = s * (1 + theta * theta * (1 - s * s) / 6)
+        ss, tt = s * s, theta * theta
+        series = s * (1 + tt * ((1 - ss) / 6 + tt * (7 - ss * (10 - 3 * ss)) / 360))
         return torch.where(small, series, torch.sin(s * theta) / sine)
 
     wa, wb = torch.where(zero, 1 - t, weight(1 - t)), torch.where(zero, t, weight(t))
@@ -192,11 +193,13 @@ def spherical_mean_coefficients(gram: Tensor, weights: Tensor, steps: int = SPHE
     The mean lies in the span of its inputs, so the whole iteration (Buss & Fillmore, "Spherical Averages and
     Applications to Spherical Splines and Interpolation", ACM TOG 2001, algorithm A1) runs on N×N numbers: with m = Σ
     c_n u_n on the unit sphere, step along the mean of the logarithms Σ w_n log_m(u_n), and walk the geodesic.
-    `weights` is (V, N), each row summing to 1. The result carries the length Σ w_n |x_n|. Zero vectors pull nowhere.
+    `weights` is (V, N), each row summing to 1. The result carries the length Σ w_n |x_n|. Zero vectors pull nowhere;
+    where the straight mean vanishes (opposite vectors of one weight), the iteration starts at the input of most weight.
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    present = lengths > 0
-    inverse = torch.where(present, 1 / torch.where(present, lengths, 1), 0)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    present = squares != 0
+    roots = torch.where(present, squares, 1).sqrt()  # the root has no derivative at 0
+    lengths, inverse = torch.where(present, roots, 0), torch.where(present, 1 / roots, 0)
     cosines = gram * inverse[:, :, None] * inverse[:, None, :]
 
     def unit(c: Tensor) -> Tensor:
@@ -204,12 +207,14 @@ def spherical_mean_coefficients(gram: Tensor, weights: Tensor, steps: int = SPHE
         return c / square.clamp_min(1e-30).sqrt()
 
     w = torch.where(present, weights, 0)
-    c = unit(w)
+    straight = (w[:, None, :] @ cosines @ w[:, :, None]).squeeze(-1)
+    heaviest = torch.where(present, torch.nn.functional.one_hot(w.abs().argmax(-1), w.shape[-1]), 0).to(w.dtype)
+    c = unit(torch.where(straight > OPPOSITE**2 * w.abs().sum(-1, keepdim=True) ** 2, w, heaviest))
     for _ in range(steps):
         along = (cosines @ c[:, :, None]).squeeze(-1).clamp(-1, 1)  # cos of the angle from the mean to each input
         theta = torch.acos(along.clamp(-1 + 1e-14, 1 - 1e-14))
         factor = torch.where(along > 1 - 1e-9, 1 + (1 - along) / 3, theta / torch.sin(theta))
-        pull = w * factor
+        pull = torch.where(along < -1 + 1e-10, 0, w * factor)  # an antipode pulls in every direction alike
         step = pull - (pull * along).sum(-1, keepdim=True) * c  # Σ w_n log_m(u_n), as coefficients
         size = (step[:, None, :] @ cosines @ step[:, :, None]).squeeze(-1).clamp_min(1e-30).sqrt()
         c = unit(torch.cos(size) * c + torch.sin(size) / size * step)
@@ -226,7 +231,7 @@ def spherical_mean(
     kept = [d for d in range(latents.ndim - 1) if d not in dims]
     order = [0, *(d + 1 for d in kept), *(d + 1 for d in dims)]
     moved = working(latents).permute(order)
-    x = moved.reshape(n, math.prod(moved.shape[1 : 1 + len(kept)]), -1, 1, 1)
+    x = moved.reshape(n, math.prod(moved.shape[1 : 1 + len(kept)]), math.prod(moved.shape[1 + len(kept) :]), 1, 1)
     w = torch.as_tensor(weights, dtype=x.dtype, device=x.device)
     w = (w / w.sum(0, keepdim=True)).reshape(n, -1).T.expand(x.shape[1], n)
     c = spherical_mean_coefficients(vector_dots(x.double(), x.double()).transpose(0, 1), w.double()).to(x.dtype)

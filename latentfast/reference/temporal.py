@@ -7,19 +7,20 @@ from latentfast.reference._common import working
 
 
 def penalty(d: Tensor, norm: str, eps: float) -> Tensor:
-    """ρ(d): d² ("l2"), |d| ("l1"), sqrt(d² + eps²) − eps ("charbonnier")."""
+    """ρ(d): d² ("l2"), |d| ("l1"), sqrt(d² + eps²) − eps ("charbonnier", which for eps = 0 is |d|, gradient 0 at 0)."""
     if norm == "l2":
         return d * d
-    if norm == "l1":
+    if norm == "l1" or eps == 0:
         return d.abs()
     return torch.sqrt(d * d + eps * eps) - eps
 
 
-def _weighted_mean(value: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·value / Σ w a sample, 0 (with zero gradient) where the weights sum to 0. NaN stays in its own sample."""
-    w = weight.expand(value.shape).flatten(1)
+def _weighted_mean(d: Tensor, weight: Tensor, norm: str = "l2", eps: float = 0.0) -> Tensor:
+    """Σ w ρ(d) / Σ w a sample, 0 (with zero gradient) where the weights sum to 0. NaN stays in its own sample."""
+    w = weight.expand(d.shape).flatten(1)
     total = w.sum(1)
-    weighted = torch.where(w == 0, 0, w * value.flatten(1)).sum(1)
+    kept = torch.where(w == 0, 0, d.flatten(1))  # before ρ: what is left out must not reach the gradient either
+    weighted = (w * penalty(kept, norm, eps)).sum(1)
     return torch.where(total == 0, 0, weighted / torch.where(total == 0, 1, total))
 
 
@@ -47,10 +48,10 @@ def temporal_loss(
     loss = x.new_zeros(x.shape[0])
     if first and x.shape[1] > 1:
         d1 = x[:, 1:] - x[:, :-1]
-        loss = loss + first * _weighted_mean(penalty(d1, norm, eps), m[:, :-1] * m[:, 1:])
+        loss = loss + first * _weighted_mean(d1, m[:, :-1] * m[:, 1:], norm, eps)
     if second and x.shape[1] > 2:
         d2 = x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2]
-        loss = loss + second * _weighted_mean(penalty(d2, norm, eps), m[:, :-2] * m[:, 1:-1] * m[:, 2:])
+        loss = loss + second * _weighted_mean(d2, m[:, :-2] * m[:, 1:-1] * m[:, 2:], norm, eps)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -61,8 +62,9 @@ def temporal_loss_and_grad(
     with torch.enable_grad():
         leaf = z.detach().requires_grad_(True)
         loss = temporal_loss(leaf, ref, mask, **options)
-        (grad,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
-    return loss.detach(), torch.zeros_like(z) if grad is None else grad
+        nothing = leaf.flatten()[:0].sum()  # with too few frames for any term, the loss does not depend on the clip
+        (grad,) = torch.autograd.grad(loss.sum() + nothing, leaf)
+    return loss.detach(), grad
 
 
 def warp(frames: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,5 +111,5 @@ def warp_loss(
     if mask is not None:
         shape = [n - 1 if i == frame_dim else n for i, n in enumerate(z.shape)]
         weight = weight * working(mask).expand(shape).movedim(frame_dim, 1)
-    loss = _weighted_mean(d * d, weight)
+    loss = _weighted_mean(d, weight)
     return loss.mean() if reduction == "mean" else loss

@@ -1,0 +1,36 @@
+// The operators that have a direct door past the dispatcher. Each native library defines them, and operators.cpp, which is
+// compiled into each, hands them out.
+#pragma once
+
+#include <span>
+
+#include "view.h"
+
+namespace latentfast {
+
+// With the signatures of latentfast/_operators.py.
+struct Operators {
+  using Interpolate = void(const View& a, const View& b, const OptionalView& t, std::span<const double> ts, int64_t kind,
+                           int64_t p, int64_t n, int64_t q, int64_t m, const View& out);
+  using Edit = void(const View& z, const View& directions, const OptionalView& strengths,
+                    std::span<const double> host_strengths, const OptionalView& mask, const View& out);
+  using Blend = void(const View& base, const View& edited, const View& mask, const View& out);
+  using TemporalLoss = void(const View& z, const OptionalView& ref, const OptionalView& mask, double first,
+                            double second, int64_t norm, double eps, double grad_scale, int64_t frame_dim,
+                            const View& loss, const OptionalView& grad);
+
+  Interpolate* interpolate;
+  Edit* edit;
+  Blend* blend;
+  TemporalLoss* temporal_loss;
+};
+
+// The table's name in a library: its one exported symbol.
+constexpr const char* kOperatorsSymbol = "latentfast_operators";
+
+Operators::Interpolate interpolate;
+Operators::Edit edit;
+Operators::Blend blend;
+Operators::TemporalLoss temporal_loss;
+
+}  // namespace latentfast

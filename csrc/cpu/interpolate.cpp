@@ -1,0 +1,164 @@
+// interpolate: lerp, nlerp and slerp at K values of t. Two passes over the vectors (one for lerp), inputs read once a pass.
+#include <cstring>
+
+#include "common/operators.h"
+#include "cpu/vectors.h"
+
+namespace latentfast {
+namespace {
+
+// The weights of one vector at each t.
+struct VectorWeights {
+  std::vector<Weights> at;
+  std::vector<int> end;  // see `end_point`
+  bool delicate = false;
+  QuarterTurn quarter;
+};
+
+template <typename T>
+struct Interpolation {
+  using C = Working<T>;
+  const T* a;
+  const T* b;
+  T* out;
+  int64_t numel;
+  Mode mode;
+  Times times;
+  Vectors vectors;
+
+  void weigh(int64_t v, const Sums& sums, VectorWeights& weights) const {
+    const Pair pair = make_pair_of(mode, sums, vectors.elements());
+    weights.at.resize(times.count());
+    weights.end.resize(times.count());
+    weights.delicate = false;
+    weights.quarter = {};
+    for (int64_t k = 0; k < times.count(); ++k) {
+      const double t = times.at(k, v);
+      weights.end[k] = end_point(t);
+      weights.at[k] = interpolation_weights(pair, t);
+      if (weights.end[k] >= 0) continue;
+      weights.delicate = weights.delicate || is_delicate(weights.at[k]);
+      if (weights.at[k].turn != 0.0 && weights.quarter.size == 0) weights.quarter = {vectors, a, v};
+    }
+  }
+
+  // Vectors that nearly or entirely cancel out, element by element in float64.
+  void put_carefully(int64_t v, const Part& part, const VectorWeights& weights) const {
+    for (int64_t k = 0; k < times.count(); ++k) {
+      const Weights& w = weights.at[k];
+      if (weights.end[k] >= 0 || !is_delicate(w)) continue;
+      for (int64_t d = 0; d < part.size; ++d) {
+        const int64_t i = part.start + d;
+        double value = w.a * widened(a[i]) + w.b * widened(b[i]);
+        if (w.turn != 0.0) value += w.turn * weights.quarter.turned(vectors, a, v, part.first + d);
+        out[k * numel + i] = rounded<T>(static_cast<C>(value));
+      }
+    }
+  }
+
+  void by_runs() const {
+    const auto& loop = loops_of<C>();
+    const auto reduce = [&](const Part& part, double* sums) {
+      double lanes[3][kLanes] = {};
+      Row<T> x, y;
+      for_rows(part, [&](int64_t i, int n) {
+        loop.sums(widen(a + i, n, x), widen(b + i, n, y), n, lanes[0], lanes[1], lanes[2]);
+      });
+      for (int s = 0; s < 3; ++s) sums[s] = add_lanes(lanes[s]);
+    };
+    const auto finish = [&](int64_t v, const double* sums, VectorWeights& weights) {
+      weigh(v, mode == Mode::lerp ? Sums{} : Sums{sums[0], sums[1], sums[2]}, weights);
+    };
+    const auto apply = [&](int64_t v, const Part& part, const VectorWeights& weights) {
+      Row<T> x, y, z;
+      for_rows(part, [&](int64_t i, int n) {
+        const C* wide_a = widen(a + i, n, x);
+        const C* wide_b = widen(b + i, n, y);
+        for (int64_t k = 0; k < times.count(); ++k) {
+          T* to = out + k * numel + i;
+          if (weights.end[k] >= 0) {
+            std::memcpy(to, (weights.end[k] == 0 ? a : b) + i, n * sizeof(T));
+            continue;
+          }
+          C* row = begin_row(to, z);
+          loop.mix(wide_a, wide_b, n, static_cast<C>(weights.at[k].a), static_cast<C>(weights.at[k].b), row);
+          finish_row(row, n, to);
+        }
+      });
+      if (weights.delicate) put_carefully(v, part, weights);
+    };
+    reduce_and_apply<VectorWeights>(vectors, mode == Mode::lerp ? 0 : 3, reduce, finish, apply);
+  }
+
+  void by_columns() const {
+    const auto& loop = loops_of<C>();
+    const int64_t count = times.count();
+    for_blocks(vectors, [&](const Block& block) {
+      const int width = block.width;
+      Row<T> x, y, z;
+      std::vector<double> sums(mode == Mode::lerp ? 0 : 3 * width, 0.0);
+      double *aa = sums.data(), *bb = aa + width, *ab = bb + width;
+      for (int64_t i = 0; i < vectors.n && mode != Mode::lerp; ++i) {
+        const C* row_a = widen(a + block.row(i), width, x);
+        const C* row_b = widen(b + block.row(i), width, y);
+        loop.sums_columns(row_a, row_b, width, aa, bb, ab);
+      }
+      std::vector<C> wa(count * width), wb(count * width);
+      std::vector<VectorWeights> special(block.vectors);
+      for (int v = 0; v < block.vectors; ++v) {
+        const auto total = [&](const double* columns) { return mode == Mode::lerp ? 0.0 : add_columns(columns, v, vectors.m); };
+        weigh(block.first + v, {total(aa), total(bb), total(ab)}, special[v]);
+        for (int64_t k = 0; k < count; ++k) {
+          std::fill_n(wa.data() + k * width + v * vectors.m, vectors.m, static_cast<C>(special[v].at[k].a));
+          std::fill_n(wb.data() + k * width + v * vectors.m, vectors.m, static_cast<C>(special[v].at[k].b));
+        }
+      }
+      for (int64_t i = 0; i < vectors.n; ++i) {
+        const int64_t at = block.row(i);
+        const C* row_a = widen(a + at, width, x);
+        const C* row_b = widen(b + at, width, y);
+        for (int64_t k = 0; k < count; ++k) {
+          T* to = out + k * numel + at;
+          C* row = begin_row(to, z);
+          loop.mix_columns(row_a, row_b, width, wa.data() + k * width, wb.data() + k * width, row);
+          finish_row(row, width, to);
+          for (int v = 0; v < block.vectors; ++v) {
+            if (special[v].end[k] < 0) continue;
+            const int64_t from = v * vectors.m;
+            std::memcpy(to + from, (special[v].end[k] == 0 ? a : b) + at + from, vectors.m * sizeof(T));
+          }
+        }
+        for (int v = 0; v < block.vectors; ++v) {
+          if (special[v].delicate) put_carefully(block.first + v, block.part(v, i), special[v]);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+void interpolate(const View& a, const View& b, const OptionalView& t, std::span<const double> ts, int64_t mode,
+                 int64_t p, int64_t n, int64_t q, int64_t m, const View& out) {
+  check_contiguous(a, "a");
+  check_contiguous(b, "b");
+  check_contiguous(out, "out");
+  if (out.numel() == 0) return;
+  dispatch_floating(a.scalar_type(), "interpolate", [&]<typename T>() {
+    const Interpolation<T> op{data<T>(a),       data<T>(b),   mutable_data<T>(out), a.numel(),
+                              static_cast<Mode>(mode), Times(t, ts), {p, n, q, m}};
+    if (op.mode == Mode::lerp && !op.times.vary()) {
+      // nothing depends on where a vector ends
+      const Interpolation<T> flat{op.a, op.b, op.out, op.numel, op.mode, op.times, {1, 1, 1, op.numel}};
+      flat.by_runs();
+    } else if (op.vectors.in_columns()) {
+      op.by_columns();
+    } else {
+      op.by_runs();
+    }
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latentfast, CPU, m) { m.impl("interpolate", LATENTFAST_BOX(interpolate)); }
+
+}  // namespace latentfast

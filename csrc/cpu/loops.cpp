@@ -1,0 +1,436 @@
+// Compiled once for every instruction set: -DLATENTFAST_ISA=… names it. See loops.h.
+#include "cpu/loops.h"
+
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+// gcc warns of the undefined operand inside its own AVX-512 intrinsics (its bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#ifndef LATENTFAST_ISA
+#error "compile with -DLATENTFAST_ISA=<name>"
+#endif
+
+namespace latentfast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+// ---- reductions: explicit registers, so that the lanes are the same whatever their width ----
+
+constexpr int kWidth = kBytes / sizeof(double);
+constexpr int kRegisters = kLanes / kWidth;
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef float Floats __attribute__((vector_size(kBytes / 2)));
+
+inline Doubles load_doubles(const double* x) {
+  Doubles out;
+  std::memcpy(&out, x, sizeof out);
+  return out;
+}
+
+inline Doubles load_doubles(const float* x) {
+  // gcc 12 makes a detour of __builtin_convertvector where one instruction does it
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(_mm_loadu_ps(x));
+#else
+  Floats narrow;
+  std::memcpy(&narrow, x, sizeof narrow);
+  return __builtin_convertvector(narrow, Doubles);
+#endif
+}
+
+struct Lanes {
+  Doubles part[kRegisters];
+
+  explicit Lanes(const double* from) { std::memcpy(part, from, sizeof part); }
+  void store(double* to) const { std::memcpy(to, part, sizeof part); }
+};
+
+template <typename C>
+void sums(const C* a, const C* b, int n, double* aa, double* bb, double* ab) {
+  Lanes raa(aa), rbb(bb), rab(ab);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) {
+      const Doubles x = load_doubles(a + i + r * kWidth), y = load_doubles(b + i + r * kWidth);
+      raa.part[r] += x * x;
+      rbb.part[r] += y * y;
+      rab.part[r] += x * y;
+    }
+  }
+  raa.store(aa);
+  rbb.store(bb);
+  rab.store(ab);
+  for (int lane = 0; i < n; ++i, ++lane) {
+    const double x = a[i], y = b[i];
+    aa[lane] += x * x;
+    bb[lane] += y * y;
+    ab[lane] += x * y;
+  }
+}
+
+template <typename C>
+void dot(const C* x, const C* y, int n, double* lanes) {
+  Lanes acc(lanes);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) acc.part[r] += load_doubles(x + i + r * kWidth) * load_doubles(y + i + r * kWidth);
+  }
+  acc.store(lanes);
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+}
+
+template <typename C>
+void sum(const C* x, int n, double* lanes) {
+  Lanes acc(lanes);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int r = 0; r < kRegisters; ++r) acc.part[r] += load_doubles(x + i + r * kWidth);
+  }
+  acc.store(lanes);
+  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(x[i]);
+}
+
+// ---- elementwise loops: the compiler vectorises them, and no order of its own choosing can change a bit ----
+
+template <typename C>
+void dot_columns(const C* __restrict x, const C* __restrict y, int n, double* __restrict columns) {
+  for (int i = 0; i < n; ++i) columns[i] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+}
+
+template <typename C>
+void sums_columns(const C* __restrict a, const C* __restrict b, int n, double* __restrict aa, double* __restrict bb,
+                  double* __restrict ab) {
+  for (int i = 0; i < n; ++i) {
+    const double x = a[i], y = b[i];
+    aa[i] += x * x;
+    bb[i] += y * y;
+    ab[i] += x * y;
+  }
+}
+
+template <typename C>
+void mix(const C* __restrict a, const C* __restrict b, int n, C wa, C wb, C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = wa * a[i] + wb * b[i];
+}
+
+template <typename C>
+void mix_columns(const C* __restrict a, const C* __restrict b, int n, const C* __restrict wa, const C* __restrict wb,
+                 C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = wa[i] * a[i] + wb[i] * b[i];
+}
+
+template <typename C>
+void add_scaled(const C* __restrict x, int n, C w, C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] += w * x[i];
+}
+
+template <typename C>
+void add_scaled_columns(const C* __restrict x, int n, const C* __restrict w, C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] += w[i] == 0 ? 0 : w[i] * x[i];
+}
+
+template <int kCount, bool kMasked, typename C>
+void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
+  const C* __restrict direction[kCount];
+  const C* __restrict mask[kCount];
+  C strength[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    direction[k] = steps[k].direction;
+    mask[k] = steps[k].mask;
+    strength[k] = steps[k].strength;
+  }
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    C value = from[i];
+#pragma GCC unroll 4
+    for (int k = 0; k < kCount; ++k) {
+      const C step = strength[k] * direction[k][i];
+      value += kMasked ? mask[k][i] * step : step;
+    }
+    out[i] = value;
+  }
+}
+
+template <bool kMasked, typename C>
+void add_steps(const C* from, const Step<C>* steps, int count, int n, C* out) {
+  static_assert(kSteps == 4);
+  switch (count) {
+    case 1:
+      return add_steps_of<1, kMasked>(from, steps, n, out);
+    case 2:
+      return add_steps_of<2, kMasked>(from, steps, n, out);
+    case 3:
+      return add_steps_of<3, kMasked>(from, steps, n, out);
+    default:
+      return add_steps_of<4, kMasked>(from, steps, n, out);
+  }
+}
+
+template <typename C>
+void blend(const C* __restrict base, const C* __restrict edited, const C* __restrict mask, int n, C* __restrict out) {
+  for (int i = 0; i < n; ++i) {
+    const C x = base[i], y = edited[i], m = mask[i];
+    const C mixed = x + m * (y - x);
+    const C inside = m == 1 ? y : mixed;
+    out[i] = m == 0 ? x : inside;
+  }
+}
+
+template <typename C>
+void subtract(const C* __restrict x, const C* __restrict y, int n, C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = x[i] - y[i];
+}
+
+template <typename C>
+void multiply(const C* __restrict x, const C* __restrict y, int n, C* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = x[i] * y[i];
+}
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
+// ρ(d) and ρ'(d)
+template <Norm kNorm, typename C>
+inline void penalty_of(C d, C eps, C& value, C& slope) {
+  if constexpr (kNorm == Norm::l2) {
+    value = d * d;
+    slope = d + d;
+  } else if constexpr (kNorm == Norm::l1) {
+    value = d < 0 ? -d : d;
+    slope = d > 0 ? C(1) : (d < 0 ? C(-1) : d);  // 0 at 0, NaN at NaN
+  } else {
+    const C length = root(d * d + eps * eps);
+    value = length - eps;
+    slope = length > 0 ? d / length : (length == 0 ? C(0) : length);
+  }
+}
+
+template <Norm kNorm, bool kMasked, bool kSecond, typename C>
+void difference(const FrameRows<C>& rows, int n, C eps, C scale, C* __restrict penalty, C* __restrict slope) {
+  const C* __restrict x0 = rows.x[0];
+  const C* __restrict x1 = rows.x[1];
+  const C* __restrict x2 = rows.x[2];
+  const C* __restrict m0 = rows.mask[0];
+  const C* __restrict m1 = rows.mask[1];
+  const C* __restrict m2 = rows.mask[2];
+  for (int i = 0; i < n; ++i) {
+    C d, value, rise;
+    if constexpr (kSecond) {
+      d = x2[i] - 2 * x1[i] + x0[i];
+    } else {
+      d = x1[i] - x0[i];
+    }
+    penalty_of<kNorm>(d, eps, value, rise);
+    if constexpr (kMasked) {
+      C w = m0[i] * m1[i];
+      if constexpr (kSecond) w = w * m2[i];
+      penalty[i] = w == 0 ? 0 : w * value;
+      slope[i] = w == 0 ? 0 : scale * (w * rise);
+    } else {
+      penalty[i] = value;
+      slope[i] = scale * rise;
+    }
+  }
+}
+
+// One frame further with the first difference alone: x and slope go from one frame to the next in place.
+template <Norm kNorm, bool kMasked, typename C>
+inline void first_step_of(const C* __restrict z, const C* __restrict ref, const C* __restrict m0, const C* __restrict m1, int n,
+                          C eps, C scale, C* __restrict x, C* __restrict slope, C* __restrict penalty, C* __restrict grad) {
+  for (int i = 0; i < n; ++i) {
+    const C next = z[i] - ref[i];
+    C value, rise;
+    penalty_of<kNorm>(next - x[i], eps, value, rise);
+    C fresh;
+    if constexpr (kMasked) {
+      const C w = m0[i] * m1[i];
+      penalty[i] = w == 0 ? 0 : w * value;
+      fresh = w == 0 ? 0 : scale * (w * rise);
+    } else {
+      penalty[i] = value;
+      fresh = scale * rise;
+    }
+    grad[i] = slope[i] - fresh;
+    slope[i] = fresh;
+    x[i] = next;
+  }
+}
+
+template <Norm kNorm, bool kMasked, typename C>
+void first_step(const FirstStep<C>& f, int n, C eps, C scale) {
+  constexpr int kBlock = 128;
+  for (int j = 0; j < n; j += kBlock) {
+    // The rows of neighbouring frames lie far apart: no hardware looks ahead from one to the next.
+    for (int i = 0; i < kBlock; i += 64 / sizeof(C)) {
+      __builtin_prefetch(f.z + j + i + f.z_ahead);
+      __builtin_prefetch(f.ref + j + i + f.ref_ahead);
+      if constexpr (kMasked) __builtin_prefetch(f.m1 + j + i + f.mask_ahead);
+      __builtin_prefetch(f.grad + j + i + f.grad_ahead, 1);
+    }
+    const int size = n - j < kBlock ? n - j : kBlock;
+    first_step_of<kNorm, kMasked>(f.z + j, f.ref + j, kMasked ? f.m0 + j : nullptr, kMasked ? f.m1 + j : nullptr, size, eps, scale,
+                                  f.x + j, f.slope + j, f.penalty + j, f.grad + j);
+  }
+}
+
+// ---- halves ----
+
+template <typename To, typename From>
+inline To bits(From x) {
+  return __builtin_bit_cast(To, x);
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
+  const float finite = bits<float>(magnitude) * 0x1p112f;  // exact, subnormals too
+  const uint32_t u = (h & 0x7fffu) >= 0x7c00u ? magnitude | 0x7f800000u : bits<uint32_t>(finite);
+  return bits<float>(u | uint32_t(h & 0x8000u) << 16);
+}
+
+// Round to nearest even. Adding a power of two 13 bits above the last digit kept does the rounding.
+inline uint16_t float_to_half(float x) {
+  const uint32_t u = bits<uint32_t>(x), doubled = u + u;
+  const float scaled = (bits<float>(u & 0x7fffffffu) * 0x1p112f) * 0x1p-110f;
+  const uint32_t exponent = doubled & 0xff000000u;
+  const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
+  const uint32_t r = bits<uint32_t>(bits<float>((bias >> 1) + 0x07800000u) + scaled);
+  const uint32_t finite = ((r >> 13) & 0x7c00u) + (r & 0x0fffu);
+  return uint16_t((u >> 16 & 0x8000u) | (doubled > 0xff000000u ? 0x7e00u : finite));
+}
+
+void widen_half(const uint16_t* __restrict x, int n, float* __restrict out) {
+  int i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(v));
+  }
+#endif
+  for (; i < n; ++i) out[i] = half_to_float(x[i]);
+}
+
+void round_half(const float* __restrict x, int n, uint16_t* __restrict out) {
+  int i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8) {
+    const __m128i v = _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), v);
+  }
+#endif
+  for (; i < n; ++i) out[i] = float_to_half(x[i]);
+}
+
+void widen_bfloat16(const uint16_t* __restrict x, int n, float* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = bits<float>(uint32_t(x[i]) << 16);
+}
+
+void round_bfloat16(const float* __restrict x, int n, uint16_t* __restrict out) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t u = bits<uint32_t>(x[i]);
+    const uint32_t nearest_even = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+    out[i] = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40u) : nearest_even);
+  }
+}
+
+void select(const uint16_t* __restrict base, const uint16_t* __restrict edited, const float* __restrict mask, int n,
+            uint16_t* __restrict out) {
+  for (int i = 0; i < n; ++i) {
+    const uint16_t inside = mask[i] == 1 ? edited[i] : out[i];
+    out[i] = mask[i] == 0 ? base[i] : inside;
+  }
+}
+
+void stream(const void* x, int64_t bytes, void* out) {
+#if defined(__x86_64__)
+  const char* from = static_cast<const char*>(x);
+  char* to = static_cast<char*>(out);
+  const int64_t unaligned = (kBytes - reinterpret_cast<intptr_t>(to) % kBytes) % kBytes;
+  const int64_t head = unaligned < bytes ? unaligned : bytes;
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + kBytes <= bytes; i += kBytes) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(out, x, bytes);
+#endif
+}
+
+template <typename C>
+constexpr LoopsOf<C> loops_for() {
+  LoopsOf<C> out{};
+  out.sums = sums<C>;
+  out.dot = dot<C>;
+  out.sum = sum<C>;
+  out.dot_columns = dot_columns<C>;
+  out.sums_columns = sums_columns<C>;
+  out.mix = mix<C>;
+  out.mix_columns = mix_columns<C>;
+  out.add_scaled = add_scaled<C>;
+  out.add_scaled_columns = add_scaled_columns<C>;
+  out.add_steps[0] = add_steps<false, C>;
+  out.add_steps[1] = add_steps<true, C>;
+  out.blend = blend<C>;
+  out.subtract = subtract<C>;
+  out.multiply = multiply<C>;
+  out.first_difference[0][0] = difference<Norm::l2, false, false, C>;
+  out.first_difference[0][1] = difference<Norm::l2, true, false, C>;
+  out.first_difference[1][0] = difference<Norm::l1, false, false, C>;
+  out.first_difference[1][1] = difference<Norm::l1, true, false, C>;
+  out.first_difference[2][0] = difference<Norm::charbonnier, false, false, C>;
+  out.first_difference[2][1] = difference<Norm::charbonnier, true, false, C>;
+  out.second_difference[0][0] = difference<Norm::l2, false, true, C>;
+  out.second_difference[0][1] = difference<Norm::l2, true, true, C>;
+  out.second_difference[1][0] = difference<Norm::l1, false, true, C>;
+  out.second_difference[1][1] = difference<Norm::l1, true, true, C>;
+  out.second_difference[2][0] = difference<Norm::charbonnier, false, true, C>;
+  out.second_difference[2][1] = difference<Norm::charbonnier, true, true, C>;
+  out.first_step[0][0] = first_step<Norm::l2, false, C>;
+  out.first_step[0][1] = first_step<Norm::l2, true, C>;
+  out.first_step[1][0] = first_step<Norm::l1, false, C>;
+  out.first_step[1][1] = first_step<Norm::l1, true, C>;
+  out.first_step[2][0] = first_step<Norm::charbonnier, false, C>;
+  out.first_step[2][1] = first_step<Norm::charbonnier, true, C>;
+  return out;
+}
+
+}  // namespace
+
+#define LATENTFAST_JOIN_(a, b) a##b
+#define LATENTFAST_JOIN(a, b) LATENTFAST_JOIN_(a, b)
+#define LATENTFAST_TEXT_(a) #a
+#define LATENTFAST_TEXT(a) LATENTFAST_TEXT_(a)
+
+extern const Loops LATENTFAST_JOIN(kLoops_, LATENTFAST_ISA);
+const Loops LATENTFAST_JOIN(kLoops_, LATENTFAST_ISA) = {
+    LATENTFAST_TEXT(LATENTFAST_ISA),
+    loops_for<float>(),
+    loops_for<double>(),
+    widen_half,
+    widen_bfloat16,
+    round_half,
+    round_bfloat16,
+    select,
+    stream,
+};
+
+}  // namespace latentfast

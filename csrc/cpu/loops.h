@@ -1,0 +1,108 @@
+// The inner loops of the CPU kernels, compiled once for every instruction set and picked when the library is loaded.
+//
+// They work on short rows in the working precision (float, or double for double); halves are widened row by row. Sums are
+// kept in kLanes accumulators whatever the register width, and nothing is contracted to fused multiply-adds, so every
+// instruction set gives the same bits. Torch-free; loops.cpp may use no inline function that other files share, because
+// the linker could then keep the copy made for a newer processor.
+#pragma once
+
+#include <cstdint>
+
+namespace latentfast {
+
+// Element i of a reduced chunk is added to lane i % kLanes.
+constexpr int kLanes = 16;
+// Elements of a row that the loops are given at a time: a handful of such rows fits into the first-level cache.
+constexpr int kTile = 2048;
+
+enum class Norm : int { l2 = 0, l1 = 1, charbonnier = 2 };
+
+// Directions that one loop adds: enough to keep the memory busy, few enough for its registers.
+constexpr int kSteps = 4;
+
+template <typename C>
+struct Step {
+  const C* direction;
+  const C* mask;
+  C strength;
+};
+
+// The rows that one order of temporal difference reads, oldest first, and their weights (null: all ones).
+template <typename C>
+struct FrameRows {
+  const C* x[3];
+  const C* mask[3];
+};
+
+// One frame further where first differences are all that is wanted: from the frame x and the slope before it to the frame
+// z − ref and the slope between the two, both in place; `grad` gets the gradient of the frame that is left.
+template <typename C>
+struct FirstStep {
+  const C *z, *ref;
+  const C *m0, *m1;
+  C *x, *slope, *penalty, *grad;
+  // Elements from a row to the next frame's, which is fetched beforehand; 0 where that is not known.
+  int64_t z_ahead, ref_ahead, mask_ahead, grad_ahead;
+};
+
+template <typename C>
+struct LoopsOf {
+  // Reductions. `lanes` are kLanes doubles each, added to; column sums are one double an element, added to.
+  void (*sums)(const C* a, const C* b, int n, double* aa, double* bb, double* ab);
+  void (*dot)(const C* x, const C* y, int n, double* lanes);
+  void (*sum)(const C* x, int n, double* lanes);
+  void (*dot_columns)(const C* x, const C* y, int n, double* columns);
+  void (*sums_columns)(const C* a, const C* b, int n, double* aa, double* bb, double* ab);
+
+  // Linear combinations; in the column forms every element has its own weight.
+  void (*mix)(const C* a, const C* b, int n, C wa, C wb, C* out);
+  void (*mix_columns)(const C* a, const C* b, int n, const C* wa, const C* wb, C* out);
+  void (*add_scaled)(const C* x, int n, C w, C* out);
+  void (*add_scaled_columns)(const C* x, int n, const C* w, C* out);  // a weight of 0 leaves its element out
+
+  // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be `from`). [masked]
+  void (*add_steps[2])(const C* from, const Step<C>* steps, int count, int n, C* out);
+  // base + mask·(edited − base), base where the mask is 0, edited where it is 1.
+  void (*blend)(const C* base, const C* edited, const C* mask, int n, C* out);
+
+  // Temporal differences: the weighted penalties, and scale·(their slopes). [norm][masked]
+  using Difference = void (*)(const FrameRows<C>& rows, int n, C eps, C scale, C* penalty, C* slope);
+  Difference first_difference[3][2];
+  Difference second_difference[3][2];
+  // The first difference alone, all in one. [norm][masked]
+  void (*first_step[3][2])(const FirstStep<C>& step, int n, C eps, C scale);
+  void (*subtract)(const C* x, const C* y, int n, C* out);
+  void (*multiply)(const C* x, const C* y, int n, C* out);
+};
+
+struct Loops {
+  const char* isa;
+  LoopsOf<float> single_precision;
+  LoopsOf<double> double_precision;
+
+  void (*widen_half)(const uint16_t* x, int n, float* out);
+  void (*widen_bfloat16)(const uint16_t* x, int n, float* out);
+  void (*round_half)(const float* x, int n, uint16_t* out);
+  void (*round_bfloat16)(const float* x, int n, uint16_t* out);
+  // Where mask is 0 the bits of base, where it is 1 those of edited: a half that was widened and rounded again may have lost
+  // those of a NaN. `out` holds the blend elsewhere.
+  void (*select)(const uint16_t* base, const uint16_t* edited, const float* mask, int n, uint16_t* out);
+  // A copy that goes around the caches: for results that no one reads before they are evicted.
+  void (*stream)(const void* x, int64_t bytes, void* out);
+};
+
+// The loops in use, and a way to choose an older instruction set: for the tests that compare their bits.
+const Loops& loops();
+
+template <typename C>
+const LoopsOf<C>& loops_of();
+template <>
+inline const LoopsOf<float>& loops_of<float>() {
+  return loops().single_precision;
+}
+template <>
+inline const LoopsOf<double>& loops_of<double>() {
+  return loops().double_precision;
+}
+
+}  // namespace latentfast

@@ -1,0 +1,407 @@
+// edit: out = z + Σ_n strengths[n] · mask[n] · directions[n];  blend: out = base + mask·(edited − base).
+// The specification is latentfast/reference/edit.py.
+//
+// Both are one pass that memory bounds: each thread reads vectors of 16 bytes, several before the first use,
+// computes in float32 (float64 for double), rounds once and writes. What is worth a design is what broadcasts
+// (walk.cuh has the terms):
+//
+// - Directions that all samples share, (N, 1, C, T, H, W): the step Σ_n strengths[n]·directions[n] at a
+//   position does not depend on the sample. The thread makes it once, keeps it in registers and repeats over
+//   the batch ("hoisted"), so that N directions cost one read in all.
+// - A mask that channels share, (B, 1, T, H, W): where directions differ by sample the thread repeats over
+//   the channels and finds the mask in L1; where the batch is walked, the warps of a block take neighbouring
+//   channels of one position.
+// - Anything else (rows that are no multiple of a vector, unaligned pointers, double): the same walk, an
+//   element at a time.
+//
+// The arithmetic of an element does not depend on which of these ran, nor on the batch. With one mask for all
+// directions the step is summed first, in the order of n, and masked once; with a mask for each direction
+// they are added to z in that order.
+#include <vector>
+
+#include "../common/operators.h"
+#include "columns.cuh"
+#include "walk.cuh"
+
+namespace latentfast::cuda {
+namespace {
+
+constexpr int kHostStrengths = 32;  // handed to the kernel by value; more go through device memory
+enum MaskKind : int { kNoMask, kOneMask, kMaskEach };
+enum Operand : int { kZ, kDirection, kMask, kStrength };
+
+template <typename T>
+struct EditParams {
+  using C = Wide<T>;
+  const T* z;
+  const T* directions;
+  const void* mask;
+  T* out;
+  const C* strengths;                                             // on the device, or null: `host`
+  int64_t count, direction_stride, mask_stride, strength_stride;  // N, and the steps from one n to the next
+  int mask_kind;
+  Walk<4> walk;
+  C host[kHostStrengths];
+};
+
+template <typename T, typename M, int V, int kMaskKind, bool kHoist>
+__global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constant__ EditParams<T> p) {
+  using C = Wide<T>;
+  // repeats whose loads are in flight together
+  constexpr int U = kHoist || V == 1 ? 4 : 2;
+  const Walk<4>& walk = p.walk;
+  Spot<4> spot;
+  if (!locate<V>(walk, spot)) return;
+  // the general kernel (V == 1) learns at run time what kind of mask there is
+  const int kind = V == 1 ? p.mask_kind : kMaskKind;
+  const M* const mask = static_cast<const M*>(p.mask) + spot.offset[kMask];
+  const T* const directions = p.directions + spot.offset[kDirection];
+  const auto strength = [&](int64_t n, int64_t r) {
+    return p.strengths == nullptr ? p.host[n]
+                                  : p.strengths[n * p.strength_stride + spot.offset[kStrength] +
+                                                r * walk.repeat_stride[kStrength]];
+  };
+
+  C hoisted[V] = {};
+  if constexpr (kHoist) {
+#pragma unroll 4
+    for (int64_t n = 0; n < p.count; ++n) {
+      Raw<T, V> raw;
+      C d[V];
+      load_row<true>(raw, directions + n * p.direction_stride, walk.inner_stride[kDirection]);
+      fill_row(raw, walk.inner_stride[kDirection]);
+      widen_raw(raw, d);
+      const C s = strength(n, 0);
+#pragma unroll
+      for (int v = 0; v < V; ++v) hoisted[v] = fma(s, d[v], hoisted[v]);
+    }
+  }
+
+  for (int64_t r0 = spot.first; r0 < spot.last; r0 += U) {
+    const auto inside = [&](int u) {
+      return r0 + u < spot.last && spot.position + (r0 + u) * walk.repeat_step < walk.inner;
+    };
+    Raw<T, V> z[U];
+    Raw<M, V> m[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!inside(u)) continue;
+      load_raw<true>(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
+      if (kind == kOneMask) {
+        load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
+      }
+    }
+    C step[U][V];  // z + step with a mask for each direction
+    if constexpr (!kHoist) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) step[u][v] = 0;
+        if (kind == kMaskEach && inside(u)) widen_raw(z[u], step[u]);
+      }
+#pragma unroll 2
+      for (int64_t n = 0; n < p.count; ++n) {
+        Raw<T, V> raw[U];
+        Raw<M, V> each[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if (!inside(u)) continue;
+          load_row<true>(raw[u],
+                         directions + n * p.direction_stride + (r0 + u) * walk.repeat_stride[kDirection],
+                         walk.inner_stride[kDirection]);
+          if (kind == kMaskEach) {
+            load_row<false>(each[u], mask + n * p.mask_stride + (r0 + u) * walk.repeat_stride[kMask],
+                            walk.inner_stride[kMask]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          if (!inside(u)) continue;
+          C d[V];
+          fill_row(raw[u], walk.inner_stride[kDirection]);
+          widen_raw(raw[u], d);
+          const C s = strength(n, r0 + u);
+          if (kind == kMaskEach) {
+            C w[V];
+            fill_row(each[u], walk.inner_stride[kMask]);
+            widen_raw(each[u], w);
+#pragma unroll
+            for (int v = 0; v < V; ++v) step[u][v] = fma(w[v], s * d[v], step[u][v]);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) step[u][v] = fma(s, d[v], step[u][v]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!inside(u)) continue;
+      C x[V];
+      const C(&move)[V] = kHoist ? hoisted : step[u];
+      widen_raw(z[u], x);
+      if (kind == kOneMask) {
+        C w[V];
+        fill_row(m[u], walk.inner_stride[kMask]);
+        widen_raw(m[u], w);
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[v] = fma(w[v], move[v], x[v]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[v] = kind == kMaskEach ? move[v] : x[v] + move[v];
+      }
+      store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ], x);
+    }
+  }
+}
+
+template <typename T>
+struct BlendParams {
+  const T* base;
+  const T* edited;
+  const void* mask;
+  T* out;
+  Walk<2> walk;
+};
+
+// The mixed elements, but `x`'s bits where w is 0 and `y`'s where it is 1: no conversion touches those, not
+// even a NaN's.
+template <typename T, int V>
+__device__ __forceinline__ void store_selected(T* p, const Raw<T, V>& x, const Raw<T, V>& y,
+                                               const Wide<T> (&w)[V], const Wide<T> (&mixed)[V]) {
+  if constexpr (V == 1) {
+    *p = w[0] == 0 ? x.units[0] : w[0] == 1 ? y.units[0] : narrow<T>(mixed[0]);
+  } else {
+    static_assert(V == kPack<T>);
+    const uint4 blended = pack<T>(mixed);
+    uint32_t words[4] = {blended.x, blended.y, blended.z, blended.w};
+    const uint32_t xs[4] = {x.units[0].x, x.units[0].y, x.units[0].z, x.units[0].w};
+    const uint32_t ys[4] = {y.units[0].x, y.units[0].y, y.units[0].z, y.units[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      constexpr int kPerWord = V / 4;
+      uint32_t keep_x = 0, keep_y = 0;
+#pragma unroll
+      for (int j = 0; j < kPerWord; ++j) {
+        const uint32_t bits = kPerWord == 1 ? 0xffffffffu : 0xffffu << (16 * j);
+        if (w[i * kPerWord + j] == 0) keep_x |= bits;
+        if (w[i * kPerWord + j] == 1) keep_y |= bits;
+      }
+      words[i] = (xs[i] & keep_x) | (ys[i] & keep_y) | (words[i] & ~(keep_x | keep_y));
+    }
+    store_once(p, uint4{words[0], words[1], words[2], words[3]});
+  }
+}
+
+template <typename T, typename M, int V>
+__global__ void __launch_bounds__(kWalkThreads) blend_kernel(const __grid_constant__ BlendParams<T> p) {
+  using C = Wide<T>;
+  constexpr int U = V == 1 ? 4 : 2;
+  const Walk<2>& walk = p.walk;
+  Spot<2> spot;
+  if (!locate<V>(walk, spot)) return;
+  const M* const mask = static_cast<const M*>(p.mask) + spot.offset[1];
+  for (int64_t r0 = spot.first; r0 < spot.last; r0 += U) {
+    const auto inside = [&](int u) {
+      return r0 + u < spot.last && spot.position + (r0 + u) * walk.repeat_step < walk.inner;
+    };
+    Raw<T, V> base[U], edited[U];
+    Raw<M, V> m[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!inside(u)) continue;
+      const int64_t at = spot.offset[0] + (r0 + u) * walk.repeat_stride[0];
+      load_raw<true>(base[u], p.base + at);
+      load_raw<true>(edited[u], p.edited + at);
+      load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[1], walk.inner_stride[1]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!inside(u)) continue;
+      C x[V], y[V], w[V], mixed[V];
+      widen_raw(base[u], x);
+      widen_raw(edited[u], y);
+      fill_row(m[u], walk.inner_stride[1]);
+      widen_raw(m[u], w);
+#pragma unroll
+      for (int v = 0; v < V; ++v) mixed[v] = fma(w[v], y[v] - x[v], x[v]);
+      store_selected(p.out + spot.offset[0] + (r0 + u) * walk.repeat_stride[0], base[u], edited[u], w, mixed);
+    }
+  }
+}
+
+// More strengths than a kernel takes by value: a few launches write them to device memory, which a CUDA graph
+// can record.
+template <typename C>
+struct Handful {
+  C value[256];
+};
+
+template <typename C>
+__global__ void write_handful(const __grid_constant__ Handful<C> handful, C* out, int count) {
+  if (static_cast<int>(threadIdx.x) < count) out[threadIdx.x] = handful.value[threadIdx.x];
+}
+
+template <typename C>
+void upload(std::span<const double> values, C* out, cudaStream_t stream) {
+  for (size_t begin = 0; begin < values.size(); begin += 256) {
+    const int count = static_cast<int>(std::min<size_t>(256, values.size() - begin));
+    Handful<C> handful;
+    for (int i = 0; i < count; ++i) handful.value[i] = static_cast<C>(values[begin + i]);
+    write_handful<C><<<1, 256, 0, stream>>>(handful, out + begin, count);
+    check_launch("edit");
+  }
+}
+
+// The longest dimension outside the rows along which all of `operands` are constant, or -1.
+template <int N>
+int longest_constant(const Joined<N>& joined, std::initializer_list<int> operands) {
+  int found = -1;
+  for (int d = 0; d + 1 < joined.dims; ++d) {
+    const bool constant =
+        std::all_of(operands.begin(), operands.end(), [&](int k) { return joined.stride[k][d] == 0; });
+    if (constant && (found < 0 || joined.size[d] > joined.size[found])) found = d;
+  }
+  return found;
+}
+
+// Without dimension 0 where there is one more than the target has.
+Shape without_count(const View& x, int dims) {
+  const Shape shape = shape_of(x);
+  return shape.dims > dims ? Shape{shape.sizes + 1, dims} : shape;
+}
+
+// The step from one n to the next in a contiguous tensor whose leading dimension is n (or that lacks it: 0).
+int64_t count_stride(const View& x, int dims) {
+  return x.dim() > dims && x.size(0) > 1 ? x.numel() / x.size(0) : 0;
+}
+
+}  // namespace
+}  // namespace latentfast::cuda
+
+void latentfast::edit(const View& z, const View& directions, const OptionalView& strengths,
+                      std::span<const double> host_strengths, const OptionalView& given_mask, const View& out) {
+  using namespace cuda;
+  const int64_t numel = z.numel();
+  if (numel == 0) return;
+  check_contiguous(z, "z");
+  check_contiguous(directions, "directions");
+  check_contiguous(out, "out");
+  const Shape shape = shape_of(z);
+  const int64_t count = strengths ? strengths->size(0) : static_cast<int64_t>(host_strengths.size());
+  const OptionalView mask = count == 0 ? std::nullopt : given_mask;
+  if (mask) {
+    check_contiguous(*mask, "mask");
+    check_companion(*mask, z, "mask");
+  }
+  const Shape direction = without_count(directions, shape.dims);
+  std::vector<int64_t> by_sample(shape.dims, 1);  // how strengths (N, B) lie along the latents
+  const bool each_sample = strengths && strengths->dim() == 2;
+  if (each_sample && shape.dims > 0) by_sample[0] = strengths->size(1);
+  Joined<4> joined;
+  const bool fits = join_dims<4>(shape, 0, shape.dims,
+                                 {shape, direction, mask ? without_count(*mask, shape.dims) : shape,
+                                  Shape{by_sample.data(), shape.dims}},
+                                 joined);
+  STD_TORCH_CHECK(fits, "edit: too many dimensions that broadcast differently");
+  if (joined.stride[kStrength][joined.dims - 1] !=
+      0) {  // strengths along the rows: rows of one element instead
+    STD_TORCH_CHECK(joined.dims < kMaxDims, "edit: too many dimensions that broadcast differently");
+    joined.size[joined.dims] = 1;
+    for (int k = 0; k < 4; ++k) joined.stride[k][joined.dims] = 0;
+    ++joined.dims;
+  }
+
+  const Target target(z);
+  const int64_t mask_stride = mask ? count_stride(*mask, shape.dims) : 0;
+  const int kind = !mask ? kNoMask : mask_stride == 0 ? kOneMask : kMaskEach;
+  dispatch_floating(z.scalar_type(), "edit", [&]<typename T>() {
+    dispatch_mask<T>(mask, [&]<typename M>() {
+      using C = Wide<T>;
+      EditParams<T> p;
+      p.z = data<T>(z);
+      p.directions = data<T>(directions);
+      p.mask = mask ? mask->const_data_ptr() : nullptr;
+      p.out = mutable_data<T>(out);
+      p.count = count;
+      p.direction_stride = count_stride(directions, shape.dims);
+      p.mask_stride = mask_stride;
+      p.strength_stride = each_sample ? strengths->size(1) : 1;
+      p.mask_kind = kind;
+      const bool upload_strengths = !strengths && count > kHostStrengths;
+      const Workspace uploaded(target, upload_strengths ? count * static_cast<int64_t>(sizeof(C)) : 0);
+      if (upload_strengths) upload(host_strengths, static_cast<C*>(uploaded.data()), target.stream);
+      p.strengths = upload_strengths ? static_cast<const C*>(uploaded.data()) : data_or_null<C>(strengths);
+      for (int64_t n = 0; p.strengths == nullptr && n < count; ++n)
+        p.host[n] = static_cast<C>(host_strengths[n]);
+
+      constexpr int V = kPack<T>;
+      [[maybe_unused]] const bool vectors = joined.size[joined.dims - 1] % V == 0 && aligned16(p.z) &&
+                                            aligned16(p.out) && aligned16(p.directions) && aligned16(p.mask);
+      const int hoist =
+          kind == kMaskEach || count == 0 ? -1 : longest_constant(joined, {kDirection, kStrength});
+      const int share = kind == kNoMask ? -1 : longest_constant(joined, {kMask});
+      dim3 grid, block;
+      const auto launch = [&](auto kernel, int repeat_dim, int vec, bool shared_rows, uint32_t chunk) {
+        p.walk = make_walk(joined, repeat_dim, vec, shared_rows, chunk, target.device, grid, block);
+        kernel<<<grid, block, 0, target.stream>>>(p);
+        check_launch("edit");
+      };
+      if constexpr (sizeof(T) < 8) {
+        if (vectors && hoist >= 0) {
+          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, true>, hoist, V, false, 16);
+          return launch(edit_kernel<T, M, V, kOneMask, true>, hoist, V, share >= 0, 16);
+        }
+        if (vectors) {
+          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, false>, share, V, false, 8);
+          if (kind == kOneMask) return launch(edit_kernel<T, M, V, kOneMask, false>, share, V, false, 8);
+          return launch(edit_kernel<T, M, V, kMaskEach, false>, share, V, false, 8);
+        }
+      }
+      launch(edit_kernel<T, M, 1, kNoMask, false>, share, 1, false, 8);
+    });
+  });
+}
+
+void latentfast::blend(const View& base, const View& edited, const View& mask, const View& out) {
+  using namespace cuda;
+  if (base.numel() == 0) return;
+  check_contiguous(base, "base");
+  check_contiguous(edited, "edited");
+  check_contiguous(mask, "mask");
+  check_companion(mask, base, "mask");
+  check_contiguous(out, "out");
+  const Shape shape = shape_of(base);
+  Joined<2> joined;
+  const bool fits = join_dims<2>(shape, 0, shape.dims, {shape, shape_of(mask)}, joined);
+  STD_TORCH_CHECK(fits, "blend: too many dimensions that broadcast differently");
+  const Target target(base);
+  dispatch_floating(base.scalar_type(), "blend", [&]<typename T>() {
+    dispatch_mask<T>(OptionalView(mask), [&]<typename M>() {
+      BlendParams<T> p;
+      p.base = data<T>(base);
+      p.edited = data<T>(edited);
+      p.mask = mask.const_data_ptr();
+      p.out = mutable_data<T>(out);
+      constexpr int V = kPack<T>;
+      [[maybe_unused]] const bool vectors = joined.size[joined.dims - 1] % V == 0 && aligned16(p.base) &&
+                                            aligned16(p.edited) && aligned16(p.mask) && aligned16(p.out);
+      const int share = longest_constant(joined, {1});
+      dim3 grid, block;
+      const auto launch = [&](auto kernel, int vec) {
+        p.walk = make_walk(joined, share, vec, false, 8, target.device, grid, block);
+        kernel<<<grid, block, 0, target.stream>>>(p);
+        check_launch("blend");
+      };
+      if constexpr (sizeof(T) < 8) {
+        if (vectors) return launch(blend_kernel<T, M, V>, V);
+      }
+      launch(blend_kernel<T, M, 1>, 1);
+        });
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(latentfast, CUDA, m) {
+  m.impl("edit", LATENTFAST_BOX(latentfast::edit));
+  m.impl("blend", LATENTFAST_BOX(latentfast::blend));
+}

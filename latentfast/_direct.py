@@ -1,0 +1,60 @@
+"""The direct door: eager calls on plain tensors go from here to a native library's host functions at once.
+
+There are two doors to the same kernels. The dispatcher's is for everything that must see an operation before it runs:
+autograd, torch.compile, export, modes, transforms, subclasses; it costs a call several microseconds, more than the
+launch of a kernel. The direct one, ``csrc/python/direct.cpp``, is for calls that want none of that; to any other it
+answers None before anything has happened, and the caller goes on through the dispatcher. Both end in the same host
+function of the same library (``csrc/common/view.h``), so their results have the same bits.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from latentfast._operators import NORMS
+
+#: Whether some backend's door is open. Ask it first, and not while Dynamo traces: it could not look inside.
+enabled = False
+
+
+def _connected():
+    """The door's library; None where it was not built, or this Python or torch lacks what it needs."""
+    if "t" in sys.abiflags:  # without a global lock objects are laid out differently
+        return None
+    try:
+        from latentfast import _native_direct  # type: ignore[attr-defined]
+
+        _native_direct.connect(torch, NORMS)
+    except (ImportError, AttributeError, ValueError, RuntimeError):
+        return None
+    return _native_direct
+
+
+_library = _connected()
+_DEVICE_TYPES = {"cpu": 1, "cuda": 2}  # DLPack's numbers
+
+
+def open_for(libraries: dict[str, Path]) -> None:
+    """Open the door for these device types, to these native libraries, and close it for the others."""
+    global enabled
+    if _library is None:
+        return
+    opened = [
+        _library.open(number, str(libraries[device]) if device in libraries else None)
+        for device, number in _DEVICE_TYPES.items()
+    ]
+    enabled = any(opened)
+
+
+def _absent(*args):
+    return None
+
+
+interpolate: Callable[..., torch.Tensor | None] = getattr(_library, "interpolate", _absent)
+edit: Callable[..., torch.Tensor | None] = getattr(_library, "edit", _absent)
+blend: Callable[..., torch.Tensor | None] = getattr(_library, "blend", _absent)
+temporal_loss: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None] = getattr(
+    _library, "temporal_loss", _absent
+)

@@ -1,0 +1,344 @@
+"""Rule 8: bad input is a ValueError or TypeError that names argument, finding and expectation, before any launch.
+
+One row a mistake: the call, the exception, and what its message must contain.
+"""
+
+import importlib
+import math
+import re
+
+import pytest
+import torch
+
+import latentfast
+from tests.helpers import Target
+
+A = torch.zeros(2, 3, 4)
+VIDEO = torch.zeros(2, 3, 4, 5, 6)
+FLOW = torch.zeros(2, 2, 3, 5, 6)
+META = torch.zeros(2, 3, 4, device="meta")
+INTS = torch.zeros(2, 3, 4, dtype=torch.int64)
+lf = latentfast
+
+
+def _grad(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, requires_grad=True)
+
+
+_INTERPOLATE = [
+    row
+    for f in (lf.lerp, lf.nlerp, lf.slerp)
+    for row in [
+        (lambda f=f: f([1.0], A, 0.5), TypeError, "a must be a tensor, got list"),
+        (lambda f=f: f(A, None, 0.5), TypeError, "b must be a tensor, got NoneType"),
+        (lambda f=f: f(INTS, INTS, 0.5), TypeError, "a must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(A, A[:1], 0.5), ValueError, "b must have a's shape (2, 3, 4), got (1, 3, 4)"),
+        (lambda f=f: f(A, A.double(), 0.5), TypeError, "b must have a's dtype float32, got float64"),
+        (lambda f=f: f(A, META, 0.5), ValueError, "b must be on a's device cpu, got meta"),
+        (lambda f=f: f(A, A, "half"), TypeError, "t must be a float or a tensor, got str"),
+        (lambda f=f: f(A, A, [0.5]), TypeError, "t must be a float or a tensor, got list"),
+        (
+            lambda f=f: f(A, A, torch.tensor([1, 0])),
+            TypeError,
+            "t must be a float or a floating tensor, got torch.int64",
+        ),
+        (lambda f=f: f(A, A, torch.zeros(2, 3, 1)), ValueError, "t must broadcast to (2, 1, 1), got shape (2, 3, 1)"),
+        (lambda f=f: f(A, A, torch.zeros(3, 1, 1)), ValueError, "t must broadcast to (2, 1, 1), got shape (3, 1, 1)"),
+        (
+            lambda f=f: f(A, A, torch.zeros(1, 2, 1, 1)),
+            ValueError,
+            "t must broadcast to (2, 1, 1), got shape (1, 2, 1, 1)",
+        ),
+        (lambda f=f: f(A, A, torch.zeros(2, 1, 1, device="meta")), ValueError, "t must be on a's device cpu, got meta"),
+        (lambda f=f: f(A, A, 0.5, dim=3), ValueError, "dim must name dimensions of a 3-D tensor, from -3 to 2, got 3"),
+        (lambda f=f: f(A, A, 0.5, dim=(1, -2)), ValueError, "dim must name each dimension once, got (1, -2)"),
+        (
+            lambda f=f: f(A, A, 0.5, dim=()),
+            ValueError,
+            "dim must name dimensions of a 3-D tensor, from -3 to 2, got ()",
+        ),
+        (lambda f=f: f(A, A, 0.5, dim=(1.0,)), ValueError, "dim must name dimensions"),
+        (lambda f=f: f(A, A, 0.5, dim="channels"), ValueError, "dim must name dimensions"),
+        (
+            lambda f=f: f(A, A, 0.5, dim=2.0),
+            ValueError,
+            "dim must name dimensions of a 3-D tensor, from -3 to 2, got 2.0",
+        ),
+    ]
+]
+
+_PATHS = [
+    row
+    for f in (lf.lerp_path, lf.nlerp_path, lf.slerp_path)
+    for row in [
+        (lambda f=f: f(A, A, 0.5), TypeError, "ts must be a sequence of floats or a tensor, got float"),
+        (lambda f=f: f(A, A, ["x"]), TypeError, "ts must be a sequence of floats or a tensor, got list"),
+        (lambda f=f: f(A, A, torch.tensor(0.5)), ValueError, "ts must have at least one dimension"),
+        (
+            lambda f=f: f(A, A, torch.zeros(5, 3, 1, 1)),
+            ValueError,
+            "ts[k] must broadcast to (2, 1, 1), got shape (3, 1, 1)",
+        ),
+        (lambda f=f: f(A, A[0], [0.5]), ValueError, "b must have a's shape (2, 3, 4), got (3, 4)"),
+        (
+            lambda f=f: f(A, A, [0.5], out=torch.zeros(2, 3, 4)),
+            ValueError,
+            "out must have shape (1, 2, 3, 4), got (2, 3, 4)",
+        ),
+    ]
+]
+
+_KEYS = [
+    (lambda: lf.interpolate_keys([A], [0.0]), TypeError, "keys must be a tensor, got list"),
+    (lambda: lf.interpolate_keys(torch.zeros(()), [0.0]), ValueError, "keys must have shape (N, …) with N ≥ 1, got ()"),
+    (lambda: lf.interpolate_keys(A[:0], [0.0]), ValueError, "keys must have shape (N, …) with N ≥ 1, got (0, 3, 4)"),
+    (lambda: lf.interpolate_keys(A, [1.5]), ValueError, "ts must lie in [0, 1] for 2 keys, got 1.5"),
+    (lambda: lf.interpolate_keys(A, [0.5, -0.1]), ValueError, "ts must lie in [0, 1] for 2 keys, got -0.1"),
+    (lambda: lf.interpolate_keys(A, [math.nan]), ValueError, "ts must lie in [0, 1] for 2 keys, got nan"),
+    (lambda: lf.interpolate_keys(A, 0.5), TypeError, "ts must be a sequence of floats or a tensor, got float"),
+    (
+        lambda: lf.interpolate_keys(A, [0.5], mode="cubic"),
+        ValueError,
+        "mode must be slerp, lerp, nlerp or catmull_rom, got 'cubic'",
+    ),
+    (lambda: lf.interpolate_keys(A, [0.5], dim=2), ValueError, "dim must name dimensions of a 2-D tensor"),
+    (lambda: lf.interpolate_keys(A, torch.zeros(1, device="meta")), ValueError, "ts must be numbers on the host"),
+]
+
+_MEAN = [
+    (lambda: lf.spherical_mean([A], [1.0]), TypeError, "latents must be a tensor, got list"),
+    (lambda: lf.spherical_mean(A[:0], []), ValueError, "latents must have shape (N, …) with N ≥ 1, got (0, 3, 4)"),
+    (
+        lambda: lf.spherical_mean(A, [1.0]),
+        ValueError,
+        "weights must have shape (2,), one for each of the latents, got (1,)",
+    ),
+    (lambda: lf.spherical_mean(A, torch.ones(2, 1)), ValueError, "weights must have shape (2,)"),
+    (lambda: lf.spherical_mean(A, [1.0, -1.0]), ValueError, "weights must have a positive sum, got [1.0, -1.0]"),
+    (lambda: lf.spherical_mean(A, [1.0, math.nan]), ValueError, "weights must have a positive sum"),
+    (lambda: lf.spherical_mean(A, 1.0), TypeError, "weights must be a sequence of floats or a tensor, got float"),
+    (lambda: lf.spherical_mean(A, torch.ones(2).int()), TypeError, "weights must be float32"),
+    (lambda: lf.spherical_mean(A, torch.ones(2, device="meta")), ValueError, "weights must be on latents's device cpu"),
+    (lambda: lf.spherical_mean(A, [1.0, 1.0], dim=2), ValueError, "dim must name dimensions of a 2-D tensor"),
+]
+
+_EDIT = [
+    (lambda: lf.edit(1.0, A, [1.0]), TypeError, "z must be a tensor, got float"),
+    (lambda: lf.edit(INTS, INTS, [1.0]), TypeError, "z must be float32, float16, bfloat16 or float64, got int64"),
+    (lambda: lf.edit(A, [A], [1.0]), TypeError, "directions must be a tensor, got list"),
+    (lambda: lf.edit(A, A[None].half(), [1.0]), TypeError, "directions must have z's dtype float32, got float16"),
+    (lambda: lf.edit(A, META[None], [1.0]), ValueError, "directions must be on z's device cpu, got meta"),
+    (lambda: lf.edit(A, A, [1.0]), ValueError, "directions must have 4 dimensions (N, *z.shape), got shape (2, 3, 4)"),
+    (
+        lambda: lf.edit(A, A[None].repeat(2, 1, 1, 1), [1.0] * 3),
+        ValueError,
+        "directions must hold 3 directions, one for each strength, got 2",
+    ),
+    (
+        lambda: lf.edit(A, torch.zeros(1, 2, 2, 4), [1.0]),
+        ValueError,
+        "directions must broadcast to (1, 2, 3, 4), got shape (1, 2, 2, 4)",
+    ),
+    (lambda: lf.edit(A, A[None], 1.0), TypeError, "strengths must be a sequence of floats or a tensor, got float"),
+    (lambda: lf.edit(A, A[None], ["much"]), TypeError, "strengths must be a sequence of floats or a tensor, got list"),
+    (lambda: lf.edit(A, A[None], torch.ones(1, 3)), ValueError, "strengths must have shape (N,) or (N, 2), got (1, 3)"),
+    (lambda: lf.edit(A, A[None], torch.ones(())), ValueError, "strengths must have shape (N,) or (N, 2), got ()"),
+    (lambda: lf.edit(A, A[None], torch.ones(1).int()), TypeError, "strengths must be floats, got a tensor of"),
+    (
+        lambda: lf.edit(A, A[None], torch.ones(1, device="meta")),
+        ValueError,
+        "strengths must be on z's device cpu, got meta",
+    ),
+    (lambda: lf.edit(A, A[None], [1.0], [1.0]), TypeError, "mask must be a tensor, got list"),
+    (
+        lambda: lf.edit(A, A[None], [1.0], INTS),
+        TypeError,
+        "mask must be bool, float32, float16, bfloat16 or float64, got int64",
+    ),
+    (
+        lambda: lf.edit(A, A[None], [1.0], torch.ones(5)),
+        ValueError,
+        "mask must broadcast to (1, 2, 3, 4), got shape (5,)",
+    ),
+    (
+        lambda: lf.edit(A, A[None], [1.0], torch.ones(2, 2, 3, 4)),
+        ValueError,
+        "mask must broadcast to (1, 2, 3, 4), got shape (2, 2, 3, 4)",
+    ),
+    (lambda: lf.edit(A, A[None], [1.0], META), ValueError, "mask must be on z's device cpu, got meta"),
+    (lambda: lf.blend(None, A, A), TypeError, "base must be a tensor, got NoneType"),
+    (lambda: lf.blend(A, 0.0, A), TypeError, "edited must be a tensor, got float"),
+    (lambda: lf.blend(A, A[:, :1], A), ValueError, "edited must have base's shape (2, 3, 4), got (2, 1, 4)"),
+    (lambda: lf.blend(A, A.half(), A), TypeError, "edited must have base's dtype float32, got float16"),
+    (lambda: lf.blend(A, A, 0.5), TypeError, "mask must be a tensor, got float"),
+    (
+        lambda: lf.blend(A, A, torch.ones(1, 2, 3, 4)),
+        ValueError,
+        "mask must broadcast to (2, 3, 4), got shape (1, 2, 3, 4)",
+    ),
+]
+
+_TEMPORAL = [
+    row
+    for f in (lf.temporal_loss, lf.temporal_loss_and_grad)
+    for row in [
+        (lambda f=f: f(None), TypeError, "z must be a tensor, got NoneType"),
+        (lambda f=f: f(VIDEO.long()), TypeError, "z must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(VIDEO, VIDEO[:1]), ValueError, "ref must have z's shape (2, 3, 4, 5, 6), got (1, 3, 4, 5, 6)"),
+        (lambda f=f: f(VIDEO, VIDEO.half()), TypeError, "ref must have z's dtype float32, got float16"),
+        (lambda f=f: f(VIDEO, mask=1.0), TypeError, "mask must be a tensor, got float"),
+        (
+            lambda f=f: f(VIDEO, mask=torch.ones(4, 5, 5)),
+            ValueError,
+            "mask must broadcast to (2, 3, 4, 5, 6), got shape (4, 5, 5)",
+        ),
+        (lambda f=f: f(VIDEO, norm="l3"), ValueError, "norm must be l2, l1 or charbonnier, got 'l3'"),
+        (lambda f=f: f(VIDEO, norm=2), ValueError, "norm must be l2, l1 or charbonnier, got 2"),
+        (lambda f=f: f(VIDEO, reduction="sum"), ValueError, "reduction must be mean or none, got 'sum'"),
+        (lambda f=f: f(VIDEO, first="1"), TypeError, "first must be a number, got str"),
+        (lambda f=f: f(VIDEO, second=math.nan), ValueError, "second must be finite, got nan"),
+        (lambda f=f: f(VIDEO, first=math.inf), ValueError, "first must be finite, got inf"),
+        (lambda f=f: f(VIDEO, eps=-1e-3), ValueError, "eps must be finite and at least 0, got -0.001"),
+        (
+            lambda f=f: f(VIDEO, frame_dim=5),
+            ValueError,
+            "frame_dim must name a dimension after the batch, 1 to 4 for a 5-D z, got 5",
+        ),
+        (lambda f=f: f(VIDEO, frame_dim=0), ValueError, "frame_dim must name a dimension after the batch"),
+        (lambda f=f: f(VIDEO, frame_dim=2.0), TypeError, "frame_dim must be an int, got float"),
+        (lambda f=f: f(torch.zeros(4)), ValueError, "frame_dim must name a dimension after the batch"),
+        (lambda f=f: f(torch.zeros(())), ValueError, "frame_dim must name a dimension after the batch"),
+    ]
+]
+
+_WARP = [
+    (lambda: lf.warp_loss(A, FLOW), ValueError, "z must have 5 dimensions (B, C, T, H, W), got shape (2, 3, 4)"),
+    (lambda: lf.warp_loss([VIDEO], FLOW), TypeError, "z must be a tensor, got list"),
+    (lambda: lf.warp_loss(VIDEO, None), TypeError, "flow must be a tensor, got NoneType"),
+    (
+        lambda: lf.warp_loss(VIDEO, FLOW[:, :, :2]),
+        ValueError,
+        "flow must have shape (B, 2, T − 1, H, W) = (2, 2, 3, 5, 6), got (2, 2, 2, 5, 6)",
+    ),
+    (lambda: lf.warp_loss(VIDEO, FLOW.long()), TypeError, "flow must be float32, float16, bfloat16 or float64"),
+    (lambda: lf.warp_loss(VIDEO, FLOW.to("meta")), ValueError, "flow must be on z's device cpu, got meta"),
+    (lambda: lf.warp_loss(VIDEO, FLOW, frame_dim=3), ValueError, "frame_dim must be 1 or 2, got 3"),
+    (lambda: lf.warp_loss(VIDEO, FLOW, reduction="all"), ValueError, "reduction must be mean or none, got 'all'"),
+    (
+        lambda: lf.warp_loss(VIDEO, FLOW, torch.ones(4, 5, 6)),
+        ValueError,
+        "mask must broadcast to (2, 3, 3, 5, 6), got shape (4, 5, 6)",
+    ),
+    (lambda: lf.warp_loss(VIDEO, FLOW, True), TypeError, "mask must be a tensor, got bool"),
+]
+
+_OUT = [
+    row
+    for name, call in {
+        "lerp": lambda **k: lf.lerp(k.pop("x", A), A, 0.5, **k),
+        "nlerp": lambda **k: lf.nlerp(k.pop("x", A), A, 0.5, **k),
+        "slerp": lambda **k: lf.slerp(k.pop("x", A), A, 0.5, **k),
+        "slerp dims that alternate": lambda **k: lf.slerp(k.pop("x", A)[None], A[None], 0.5, dim=(1, 3), **k),
+        "edit": lambda **k: lf.edit(k.pop("x", A), A[None], [1.0], **k),
+        "blend": lambda **k: lf.blend(k.pop("x", A), A, A, **k),
+    }.items()
+    for lead in [(1,) if "alternate" in name else ()]
+    for row in [
+        (lambda call=call: call(out=[A]), TypeError, "out must be a tensor, got list"),
+        (lambda call=call: call(out=torch.zeros(3)), ValueError, "out must have shape"),
+        (lambda call=call, n=lead: call(out=torch.zeros(*n, 2, 3, 4).half()), TypeError, "dtype float32, got float16"),
+        (
+            lambda call=call, n=lead: call(out=torch.zeros(*n, 2, 3, 4, device="meta")),
+            ValueError,
+            "device cpu, got meta",
+        ),
+        (
+            lambda call=call, n=lead: call(out=torch.zeros(*n, 2, 4, 3).transpose(-1, -2)),
+            ValueError,
+            "out must be contiguous, got strides",
+        ),
+        (lambda call=call, n=lead: call(out=_grad(*n, 2, 3, 4)), ValueError, "out must not require grad"),
+        (
+            lambda call=call, n=lead: call(x=_grad(2, 3, 4), out=torch.zeros(*n, 2, 3, 4)),
+            ValueError,
+            "out cannot be given while an input requires grad",
+        ),
+        (
+            lambda call=call, n=lead: call(out=A.view(*n, 2, 3, 4)),
+            ValueError,
+            "out must not share memory with an input",
+        ),
+    ]
+]
+
+_LOSS_OUT = [
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO, out=torch.zeros(2)),
+        TypeError,
+        "out must be a pair (losses, gradient), got Tensor",
+    ),
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO, out=(torch.zeros(2),)),
+        TypeError,
+        "out must be a pair (losses, gradient)",
+    ),
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO, out=(torch.zeros(3), torch.zeros_like(VIDEO))),
+        ValueError,
+        "out must have shape (2,), got (3,)",
+    ),
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO.half(), out=(torch.zeros(2).half(), torch.zeros_like(VIDEO).half())),
+        TypeError,
+        "out must have the loss's dtype float32, got float16",
+    ),
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO, out=(torch.zeros(2), torch.zeros_like(VIDEO).double())),
+        TypeError,
+        "out must have z's dtype float32, got float64",
+    ),
+    (
+        lambda: lf.temporal_loss_and_grad(VIDEO, out=(torch.zeros(2), VIDEO)),
+        ValueError,
+        "out must not share memory with an input",
+    ),
+]
+
+ROWS = [*_INTERPOLATE, *_PATHS, *_KEYS, *_MEAN, *_EDIT, *_TEMPORAL, *_WARP, *_OUT, *_LOSS_OUT]
+
+
+def _launched(*args) -> None:
+    raise AssertionError("an operator was launched before the arguments were checked")
+
+
+@pytest.mark.parametrize(("call", "error", "words"), ROWS, ids=[f"{i}: {row[2]}" for i, row in enumerate(ROWS)])
+def test_rule8_bad_input(call, error, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = importlib.import_module("latentfast.backends")
+    monkeypatch.setattr(backends, "_table", dict.fromkeys(backends._table, _launched))
+    with pytest.raises(error, match=re.escape(words)):
+        call()
+
+
+def test_the_guard_against_launches_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = importlib.import_module("latentfast.backends")
+    monkeypatch.setattr(backends, "_table", dict.fromkeys(backends._table, _launched))
+    for call in (lambda: lf.slerp(A, A, 0.5), lambda: lf.edit(A, A[None], [1.0]), lambda: lf.temporal_loss(VIDEO)):
+        with pytest.raises(AssertionError, match="launched"):
+            call()
+
+
+def test_out_under_no_grad_takes_inputs_that_require_grad(target: Target) -> None:
+    x, out = torch.ones(2, 3, device=target.device, requires_grad=True), torch.zeros(2, 3, device=target.device)
+    with torch.no_grad():
+        assert lf.slerp(x, x, 0.5, out=out) is out
+    assert torch.equal(out, x)
+
+
+def test_writing_into_out_counts_as_a_change(target: Target) -> None:
+    """Autograd must notice that a tensor that it saved has been overwritten."""
+    a = torch.ones(2, 3, device=target.device)
+    x = torch.ones(2, 3, device=target.device, requires_grad=True)
+    product = x * a  # saves a
+    lf.lerp(x.detach(), x.detach() + 1, 0.5, out=a)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

@@ -1,0 +1,257 @@
+"""torch.compile (whole graph), torch.export and opcheck."""
+
+import itertools
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import latentfast
+from latentfast import _operators
+from tests.helpers import Draw, Target, fixed_upstream, gradients, same_bits
+from tests.operations import BY_NAME, OPERATIONS, Operation
+from tests.test_backends import CHOSEN
+
+every_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+SHAPE = (2, 3, 4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _counter(backend: str = "aot_eager") -> torch._dynamo.testing.CompileCounterWithBackend:
+    """Counts the graphs that are compiled; what it returns is really compiled by `backend`."""
+    return torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@every_operation
+def test_compiles_as_one_graph(operation: Operation) -> None:
+    counter = _counter()
+    compiled = torch.compile(operation.call, fullgraph=True, backend=counter)
+    inputs = operation.inputs(Draw(seed=1), SHAPE)
+    with torch.no_grad():
+        expected = operation.call(**inputs)
+        for _ in range(2):
+            assert same_bits(compiled(**inputs), expected)
+    assert counter.frame_count == 1  # one graph, compiled once, and it was the compiled object that ran
+    assert counter.op_count >= 1
+
+
+@every_operation
+def test_compiles_as_one_graph_with_gradients(operation: Operation) -> None:
+    counter = _counter()
+    compiled = torch.compile(operation.call, fullgraph=True, backend=counter)
+    inputs = operation.inputs(Draw(seed=1), SHAPE)
+    expected, expected_grads = gradients(operation.call, inputs, operation.differentiable)
+    got, got_grads = gradients(compiled, inputs, operation.differentiable)
+    assert same_bits(got, expected)
+    assert all(same_bits(got_grads[name], expected_grads[name]) for name in operation.differentiable)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["lerp", "nlerp", "slerp"])
+def test_another_t_does_not_compile_again_and_again(name: str) -> None:
+    counter = _counter()
+    compiled = torch.compile(getattr(latentfast, name), fullgraph=True, backend=counter)
+    a, b = Draw(seed=1).normal(2, 2, 3, 4).unbind(0)
+    for t in (0.1, 0.2, 0.35, 0.5, 0.77, 0.9, -0.3, 1.4):
+        assert same_bits(compiled(a, b, t), getattr(latentfast, name)(a, b, t))
+    # the first t is taken as a constant; the second makes it a symbol
+    assert counter.frame_count <= 2
+
+
+def test_other_weights_of_a_loss_do_not_compile_again_and_again() -> None:
+    counter = _counter()
+    compiled = torch.compile(latentfast.temporal_loss, fullgraph=True, backend=counter)
+    z = Draw(seed=1).normal(2, 2, 4, 3, 5)
+    for first in (0.1, 0.25, 0.5, 0.7, 1.5):
+        assert same_bits(compiled(z, first=first), latentfast.temporal_loss(z, first=first))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["slerp", "edit", "blend", "temporal_loss l2", "warp_loss", "slerp_path"])
+def test_dynamic_shapes(name: str) -> None:
+    operation = BY_NAME[name]
+    counter = _counter()
+    compiled = torch.compile(operation.call, fullgraph=True, dynamic=True, backend=counter)
+    for frames, height in ((4, 5), (5, 7), (6, 3), (9, 11)):
+        inputs = operation.inputs(Draw(seed=1), (2, 3, frames, height, 6))
+        assert same_bits(compiled(**inputs), operation.call(**inputs))
+    assert counter.frame_count <= 2
+
+
+def test_t_on_the_device_and_out_buffers_compile() -> None:
+    def step(a, b, t, out):
+        return latentfast.slerp(a, b, t, out=out) * 2
+
+    counter = _counter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    a, b = Draw(seed=1).normal(2, 2, 3, 4).unbind(0)
+    for t in (0.25, 0.75):
+        out = torch.empty_like(a)
+        expected = latentfast.slerp(a, b, torch.tensor(t))
+        assert torch.equal(compiled(a, b, torch.tensor(t), out), 2 * expected)
+        assert same_bits(out, expected)
+    assert counter.frame_count == 1
+
+
+def test_a_forced_backend_is_obeyed_inside_a_compiled_function() -> None:
+    counter = _counter()
+    compiled = torch.compile(latentfast.slerp, fullgraph=True, backend=counter)
+    a, b = Draw(seed=1).normal(2, 2, 3, 4).unbind(0)
+    compiled(a, b, 0.5)
+    with latentfast.use_backend("eager"):
+        compiled(a, b, 0.5)
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert any("latentfast_eager" in target for target in targets)
+
+
+def _interpolate_step(a, b, t):
+    keys = torch.stack((a, b, a - b))
+    path = (
+        latentfast.slerp_path(a.tanh(), b, [0.25, 0.5]) + latentfast.lerp(a, b, t) + latentfast.nlerp(a, b, 0.1, dim=1)
+    )
+    mean = latentfast.spherical_mean(keys, [0.5, 0.3, 0.2])
+    return (path * 2).sum(0) + latentfast.interpolate_keys(keys, [1.5], mode="catmull_rom")[0] + mean
+
+
+def _edit_step(a, b, t):
+    edited = latentfast.edit(
+        a * 2, torch.stack((b, a)), torch.stack((t.flatten()[0], t.flatten()[1])), b[:, :1].sigmoid()
+    )
+    return latentfast.blend(a, edited, (b > 0).to(a.dtype)).exp()
+
+
+def _temporal_step(a, b, t):
+    flow = b[:, :2, 1:] * 0.3
+    return (
+        latentfast.temporal_loss(a * 2, b, second=0.5, norm="charbonnier")
+        + latentfast.warp_loss(a.sin(), flow.detach()) * 3
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [_interpolate_step, _edit_step, _temporal_step], ids=lambda f: f.__name__.strip("_"))
+def test_inductor_forward_and_backward(step) -> None:
+    """Every operation between pointwise code that Inductor fuses around it."""
+    draw = Draw(seed=1)
+    inputs = {"a": draw.normal(*SHAPE), "b": draw.normal(*SHAPE), "t": draw.uniform(2, 1, 1, 1, 1)}
+    wanted = ("a", "b") if step is not _temporal_step else ("a",)
+    counter = _counter("inductor")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    expected, expected_grads = gradients(step, inputs, wanted)
+    got, got_grads = gradients(compiled, inputs, wanted)
+    assert counter.frame_count == 1
+    # Inductor fuses and contracts the pointwise code around the operations: a few roundings each
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
+    for name in wanted:
+        torch.testing.assert_close(got_grads[name], expected_grads[name], rtol=1e-5, atol=1e-5)
+
+
+# --- torch.export -----------------------------------------------------------------------------------------------------
+
+
+class _Applied(torch.nn.Module):
+    def __init__(self, operation: Operation):
+        super().__init__()
+        self.call = operation.call
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.call(**inputs)
+
+
+@every_operation
+def test_exports(operation: Operation) -> None:
+    inputs = operation.inputs(Draw(seed=1), SHAPE)
+    program = torch.export.export(_Applied(operation), (inputs,))
+    other = operation.inputs(Draw(seed=2), SHAPE)
+    assert same_bits(program.module()(other), operation.call(**other))
+    assert any("latentfast" in str(node.target) for node in program.graph.nodes)
+
+
+# --- opcheck on the private operators ---------------------------------------------------------------------------------
+
+
+def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
+    """Arguments of the operator `name`: contiguous tensors that want no gradient."""
+    draw = Draw(device=target.device)
+    b = 0 if empty else 2
+    shape = (b, 3, 4, 5)
+
+    def new(*sizes: int, dtype=torch.float32) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device=target.device)
+
+    x, y = draw.normal(*shape), draw.normal(*shape)
+    whole, rows = (
+        (b, 1, 1, 60),
+        (b, 3, 4, 5),
+    )  # one vector a sample; vectors of 3 elements, 20 apart… and of q = 4, m = 5
+    t = draw.uniform(2, b * rows[2])
+    if name == "interpolate":
+        return [
+            (x, y, None, [0.0, 0.3], kind, *whole, new(2, *shape)) for kind in (0, 1, 2)
+        ] + [(x, y, t, [], 2, *rows, new(2, *shape))]  # fmt: skip
+    if name == "interpolate_bwd":
+        grad = draw.normal(2, *shape)
+        return [
+            (grad, x, y, None, [0.2, 0.3], 2, *whole, new(*shape), None, None),
+            (grad, x, y, t, [], 1, *rows, new(*shape), new(*shape), new(2, b * rows[2])),
+        ]
+    if name == "vector_dots":
+        return [(draw.normal(3, *rows), draw.normal(2, *rows), *rows, new(2, b * rows[2], 3, dtype=torch.float64))]
+    if name == "vector_mix":
+        return [(draw.normal(3, *rows), draw.uniform(2, count, 3), *rows, new(2, *rows)) for count in (1, b * rows[2])]
+    if name == "edit":
+        directions, mask = draw.normal(2, *shape), draw.mask(*shape[1:])
+        return [
+            (x, directions, None, [0.5, 1.0], None, new(*shape)),
+            (x, directions, draw.uniform(2, b), [], mask, new(*shape)),
+        ]
+    if name == "blend":
+        return [(x, y, draw.mask(*shape[1:]), new(*shape))]
+    if name == "temporal_loss":
+        return [
+            (x, None, None, 1.0, 0.0, 0, 1e-3, 1.0, 2, new(b), None),
+            (x, y, draw.mask(*shape[1:]), 0.5, 0.5, 2, 1e-3, 0.5, 1, new(b), new(*shape)),
+        ]
+    assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
+    z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
+    return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]
+
+
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    list(itertools.product(_operators.SCHEMAS, (False, True))),
+    ids=lambda x: x if isinstance(x, str) else ("empty" if x else "contiguous"),
+)
+def test_opcheck(name: str, empty: bool, target: Target) -> None:
+    operator = getattr(getattr(torch.ops, CHOSEN[target.backend]), name).default
+    for arguments in _samples(name, target, empty):
+        for x in arguments:
+            if isinstance(x, torch.Tensor):
+                x.nan_to_num_()  # outputs come uninitialised: what is compared must not be NaN before it is written
+        results = torch.library.opcheck(operator, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+        outputs = [
+            x for x, a in zip(arguments, operator._schema.arguments, strict=True) if a.alias_info and x is not None
+        ]
+        assert outputs
+        operator(*arguments)
+        assert all(x.is_contiguous() for x in outputs)
+
+
+def test_a_gradient_that_is_not_wanted_costs_nothing(target: Target) -> None:
+    """Each subset of gradients agrees with all of them."""
+    inputs = BY_NAME["slerp t per sample"].inputs(Draw(device=target.device), SHAPE)
+    upstream = fixed_upstream(latentfast.slerp(**inputs))
+    _, everything = gradients(latentfast.slerp, inputs, ("a", "b", "t"), upstream)
+    for wanted in (("a",), ("b",), ("t",), ("a", "t")):
+        _, some = gradients(latentfast.slerp, inputs, wanted, upstream)
+        assert all(same_bits(some[name], everything[name]) for name in wanted)

@@ -1,0 +1,428 @@
+"""The direct door to the native kernels: the dispatcher's bits, and everything unusual declined untouched."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import latentfast
+from latentfast import _direct
+
+SHAPE = (2, 4, 5, 6, 8)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def _why_closed(device: str) -> str:
+    """Why the door cannot be tested on a device type; '' if it can."""
+    name = {"cpu": "native-cpu", "cuda": "cuda"}[device]
+    backend = next(b for b in latentfast.backends() if b.name == name)
+    if not backend.available:
+        return f"{name}: {backend.reason}"
+    if _direct._library is None:
+        return "the direct door's library was not built, or does not fit this Python or torch"
+    return ""
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    if reason := _why_closed(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def _random(device: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+class Case(NamedTuple):
+    """A public function in one form: keyword arguments for a device and dtype."""
+
+    function: str
+    inputs: Callable[[str, torch.dtype], dict]
+
+    @property
+    def door(self) -> str:
+        named = {"temporal_loss_and_grad": "temporal_loss"}
+        return self.function if self.function in ("edit", "blend") else named.get(self.function, self.function)
+
+
+def _pair(device: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict:
+    return {"a": _random(device, *shape, dtype=dtype), "b": _random(device, *shape, dtype=dtype, seed=1)}
+
+
+def _edit(device: str, dtype: torch.dtype, directions: tuple[int, ...], mask: tuple[int, ...] | None, strengths) -> dict:
+    inputs = {
+        "z": _random(device, *SHAPE, dtype=dtype),
+        "directions": _random(device, *directions, dtype=dtype, seed=1),
+        "strengths": strengths,
+    }
+    if isinstance(strengths, tuple) and len(strengths) == 0:
+        raise ValueError("no strengths")
+    if mask is not None:
+        inputs["mask"] = _random(device, *mask, dtype=dtype, seed=2).clamp(0, 1)
+    return inputs
+
+
+def _clip(device: str, dtype: torch.dtype, *, ref: bool = False, mask: tuple[int, ...] | None = None, **rest) -> dict:
+    inputs = {"z": _random(device, *SHAPE, dtype=dtype), **rest}
+    if ref:
+        inputs["ref"] = _random(device, *SHAPE, dtype=dtype, seed=1)
+    if mask is not None:  # float32 beside half-precision latents
+        mask_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        inputs["mask"] = _random(device, *mask, dtype=mask_dtype, seed=2).clamp(0, 1)
+    return inputs
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+N = 3
+CASES = {
+    "lerp": Case("lerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
+    "lerp, int t": Case("lerp", lambda dev, dt: {**_pair(dev, dt), "t": 1}),
+    "nlerp": Case("nlerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
+    "slerp": Case("slerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
+    "slerp, one vector": Case("slerp", lambda dev, dt: {**_pair(dev, dt, (77,)), "t": 0.3}),
+    "slerp, long": Case("slerp", lambda dev, dt: {**_pair(dev, dt, (1, 16, 5, 60, 104)), "t": 0.3}),
+    "slerp_path": Case("slerp_path", lambda dev, dt: {**_pair(dev, dt), "ts": [0.0, 0.3, 1.0]}),
+    "edit": Case("edit", lambda dev, dt: _edit(dev, dt, (N, 1, *SHAPE[1:]), None, [0.1, -0.2, 3])),
+    "edit, one mask": Case("edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), (2, 1, 5, 6, 8), (0.1, -0.2, 0.3))),
+    "edit, masks": Case("edit", lambda dev, dt: _edit(dev, dt, (1, 1, 4, 1, 1, 1), (N, 1, 1, 5, 6, 8), [0.1, 0.2, 0.3])),
+    "edit, (N,)": Case(
+        "edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), None, _random(dev, N, dtype=_wide(dt), seed=3))
+    ),
+    "edit, (N, B)": Case(
+        "edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), None, _random(dev, N, 2, dtype=_wide(dt), seed=3))
+    ),
+    "blend": Case(
+        "blend",
+        lambda dev, dt: {
+            "base": _random(dev, *SHAPE, dtype=dt),
+            "edited": _random(dev, *SHAPE, dtype=dt, seed=1),
+            "mask": _random(dev, 2, 1, 5, 6, 8, dtype=dt, seed=2).clamp(0, 1),
+        },
+    ),
+    "temporal_loss": Case("temporal_loss", lambda dev, dt: _clip(dev, dt)),
+    "temporal_loss, none": Case(
+        "temporal_loss", lambda dev, dt: _clip(dev, dt, ref=True, mask=(2, 1, 5, 6, 8), second=0.5, reduction="none")
+    ),
+    "temporal_loss_and_grad": Case("temporal_loss_and_grad", lambda dev, dt: _clip(dev, dt)),
+    "temporal_loss_and_grad, all": Case(
+        "temporal_loss_and_grad",
+        lambda dev, dt: _clip(
+            dev, dt, ref=True, mask=(5, 6, 8), first=0.5, second=2, norm="charbonnier", eps=1e-2, reduction="none"
+        ),
+    ),
+    "temporal_loss_and_grad, frames first": Case(
+        "temporal_loss_and_grad", lambda dev, dt: _clip(dev, dt, norm="l1", frame_dim=1)
+    ),
+}
+DOORS = ("interpolate", "edit", "blend", "temporal_loss")
+
+
+@contextmanager
+def _answers() -> Iterator[list]:
+    """What the door answers to the calls inside the block."""
+    answers: list = []
+
+    def recorded(function: Callable) -> Callable:
+        def call(*args):
+            answers.append(function(*args))
+            return answers[-1]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DOORS:
+            patch.setattr(_direct, name, recorded(getattr(_direct, name)))
+        yield answers
+
+
+@contextmanager
+def _closed() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_direct, "enabled", False)
+        yield
+
+
+def _tensors(result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    same_kind = x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and x.stride() == y.stride()
+    return same_kind and torch.equal(x.view(torch.uint8) if x.ndim else x, y.view(torch.uint8) if y.ndim else y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", CASES)
+def test_both_doors_give_the_same_bits(name: str, device: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    call, inputs = getattr(latentfast, case.function), case.inputs(device, dtype)
+    with _answers() as answers:
+        direct = call(**inputs)
+    assert len(answers) == 1 and answers[0] is not None, "the door declined an ordinary call"
+    with _closed():
+        expected = call(**inputs)
+    assert type(direct) is type(expected)
+    for x, y in zip(_tensors(direct), _tensors(expected), strict=True):
+        assert _same_bits(x, y)
+        assert not x.requires_grad and x.grad_fn is None
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+class _PassFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _PassOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+#: Inputs that the door has to leave to the ordinary way, which can do them: made from an ordinary tensor.
+ODD = {
+    "requires grad": lambda x: x.clone().requires_grad_(),
+    "a subclass": lambda x: x.clone().as_subclass(_Subclass),
+    "a parameter": lambda x: torch.nn.Parameter(x.clone(), requires_grad=False),
+    "not contiguous": lambda x: torch.stack([x, x], -1)[..., 0],
+    "negation pending": lambda x: torch._neg_view(-x),
+    "a leaf's view": lambda x: x.clone().requires_grad_()[...],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["slerp", "edit, one mask", "blend", "temporal_loss, none"])
+def test_odd_tensors_go_the_ordinary_way(name: str, odd: str, device: str) -> None:
+    case = CASES[name]
+    call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
+    expected = call(**inputs)
+    for argument in [k for k, v in inputs.items() if isinstance(v, Tensor)]:
+        if argument == "mask" and "grad" in odd + " grad" * (odd == "a leaf's view") and case.function == "temporal_loss":
+            continue  # an error: see below
+        changed = {**inputs, argument: ODD[odd](inputs[argument])}
+        with _answers() as answers:
+            result = call(**changed)
+        assert answers == [None], argument
+        for x, y in zip(_tensors(result), _tensors(expected), strict=True):
+            assert torch.equal(x.detach(), y), argument
+
+
+def test_a_gradient_is_wanted_only_in_grad_mode(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    a.requires_grad_()
+    with _answers() as answers, torch.no_grad():
+        latentfast.slerp(a, b, 0.5)
+    assert answers[0] is not None
+    with _answers() as answers:
+        latentfast.slerp(a, b, 0.5).sum().backward()
+    assert answers == [None] and a.grad is not None
+    # this pair is detached anyway
+    with _answers() as answers:
+        loss, grad = latentfast.temporal_loss_and_grad(a)
+    assert answers[0] is not None and not loss.requires_grad and not grad.requires_grad
+
+
+@pytest.mark.parametrize("mode", [_PassFunctions, _PassOperators])
+def test_modes_see_the_operations(mode: type, device: str) -> None:
+    inputs = {name: case.inputs(device, torch.float32) for name, case in CASES.items()}
+    with _answers() as answers, mode():
+        for name, case in CASES.items():
+            getattr(latentfast, case.function)(**inputs[name])
+    assert answers == [None] * len(CASES)
+
+
+def test_transforms_and_tracers_see_the_operations(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    with _answers() as answers:
+        torch.func.grad(lambda x: latentfast.slerp(x, b, 0.3).sum())(a)
+        torch.jit.trace(lambda x, y: latentfast.lerp(x, y, 0.3), (a, b), check_trace=False)
+    assert answers == [None, None]
+
+
+def test_dynamo_does_not_meet_the_door(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    assert _direct.enabled
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: latentfast.slerp(x, y, 0.3), fullgraph=True, backend="eager")
+    with _answers() as answers:
+        result = compiled(a, b)
+    assert answers == []
+    assert torch.equal(result, latentfast.slerp(a, b, 0.3))
+
+
+#: What the door must not touch although the tensors are plain: arguments, and what the ordinary way says to them.
+WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
+    "another shape": ("slerp", {"b": torch.zeros(2, 4, 5, 6, 7)}, ValueError, "b must have a's shape"),
+    "another dtype": ("slerp", {"b": torch.zeros(SHAPE, dtype=torch.float64)}, TypeError, "b must have a's dtype"),
+    "no tensor": ("slerp", {"b": 1.0}, TypeError, "b must be a tensor"),
+    "integers": ("slerp", {"a": torch.zeros(SHAPE, dtype=torch.int64)}, TypeError, "a must be float32"),
+    "t of text": ("slerp", {"t": "0.5"}, TypeError, "t must be a float"),
+    "t of True": ("slerp", {"t": True}, None, ""),
+    "too large a t": ("slerp", {"t": 10**400}, OverflowError, ""),
+    "a dim": ("slerp", {"dim": 1}, None, ""),
+    "ts of text": ("slerp_path", {"ts": ["a"]}, TypeError, "ts must be a sequence of floats"),
+    "no ts": ("slerp_path", {"ts": []}, None, ""),
+    "many ts": ("slerp_path", {"ts": [0.5] * 65}, None, ""),
+    "a generator": ("slerp_path", {"ts": iter([0.5])}, None, ""),
+    "no strengths": ("edit, one mask", {"strengths": []}, ValueError, "directions must hold 0"),
+    "a strength missing": ("edit, one mask", {"strengths": [0.1, 0.2]}, ValueError, "directions must hold 2"),
+    "directions as z": ("edit, one mask", {"directions": torch.zeros(SHAPE)}, ValueError, "directions must have 6 dim"),
+    "a large mask": ("blend", {"mask": torch.zeros(3, 1, 1, 1, 1)}, ValueError, "mask must broadcast"),
+    "more mask dims": ("blend", {"mask": torch.zeros(1, *SHAPE)}, ValueError, "mask must broadcast"),
+    "no mask": ("blend", {"mask": None}, TypeError, "mask must be a tensor"),
+    "a boolean mask": ("blend", {"mask": torch.ones(SHAPE, dtype=torch.bool)}, None, ""),
+    "a double mask": ("blend", {"mask": torch.ones(SHAPE, dtype=torch.float64)}, None, ""),
+    "a norm unknown": ("temporal_loss", {"norm": "l3"}, ValueError, "norm must be l2"),
+    "a norm of lists": ("temporal_loss", {"norm": []}, TypeError, ""),
+    "reduction unknown": ("temporal_loss", {"reduction": "sum"}, ValueError, "reduction must be"),
+    "frames at -3": ("temporal_loss", {"frame_dim": -3}, None, ""),
+    "frames at 0": ("temporal_loss", {"frame_dim": 0}, ValueError, "frame_dim must name"),
+    "frames at True": ("temporal_loss", {"frame_dim": True}, None, ""),
+    "first of nan": ("temporal_loss", {"first": float("nan")}, ValueError, "first must be finite"),
+    "eps below 0": ("temporal_loss", {"eps": -1.0}, ValueError, "eps must be finite"),
+    "empty": ("temporal_loss", {"z": torch.zeros(0, 4, 5, 6, 8)}, None, ""),
+    "a scalar": ("slerp", {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, None, ""),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_unusual_arguments_are_declined_and_mistakes_explained(name: str, device: str) -> None:
+    base, change, error, message = WRONG[name]
+    change = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in change.items()}
+    inputs = {**CASES[base].inputs(device, torch.float32), **change}
+    with _answers() as answers:
+        if error is None:
+            getattr(latentfast, CASES[base].function)(**inputs)
+        else:
+            with pytest.raises(error, match=message):
+                getattr(latentfast, CASES[base].function)(**inputs)
+    assert all(answer is None for answer in answers)
+
+
+def test_a_mask_that_requires_grad_is_an_error_of_the_ordinary_way(device: str) -> None:
+    inputs = CASES["temporal_loss, none"].inputs(device, torch.float32)
+    inputs["mask"].requires_grad_()
+    with pytest.raises(ValueError, match="mask requires grad"):
+        latentfast.temporal_loss(**inputs)
+
+
+def test_a_given_output_is_the_ordinary_way(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    with _answers() as answers:
+        out = latentfast.slerp(a, b, 0.3, out=torch.empty_like(a))
+    assert answers == [] and torch.equal(out, latentfast.slerp(a, b, 0.3))
+
+
+def test_another_backend_closes_the_door(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    with _answers() as answers:
+        with latentfast.use_backend("eager"):
+            latentfast.slerp(a, b, 0.3)
+        latentfast.slerp(a, b, 0.3)
+        with latentfast.use_backend({"cpu": "native-cpu", "cuda": "cuda"}[device]):
+            latentfast.slerp(a, b, 0.3)
+    assert len(answers) == 2 and all(answer is not None for answer in answers)
+
+
+def test_inference_mode_gives_inference_tensors(device: str) -> None:
+    with torch.inference_mode():
+        a, b = _pair(device, torch.float32).values()
+        with _answers() as answers:
+            assert latentfast.slerp(a, b, 0.3).is_inference()
+    assert answers[0] is not None
+
+
+@pytest.mark.parametrize("name", ["slerp", "slerp_path", "edit, one mask", "blend", "temporal_loss_and_grad, all"])
+def test_nothing_is_leaked(name: str, device: str) -> None:
+    case = CASES[name]
+    call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
+    declined = {**inputs, "z" if "z" in inputs else "base" if "base" in inputs else "a": None}
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            call(**inputs)
+            getattr(_direct, "edit" if case.function == "edit" else "blend")(*declined.values())
+
+    def counts() -> list[int]:
+        gc.collect()
+        memory = torch.cuda.memory_allocated() if device == "cuda" else 0
+        return [memory, *(sys.getrefcount(value) for value in (*inputs.values(), torch.float32, torch.Tensor))]
+
+    run(100)
+    before, blocks = counts(), sys.getallocatedblocks()
+    run(10_000)
+    assert counts() == before
+    assert abs(sys.getallocatedblocks() - blocks) < 1000  # a leak of one object a call would be 10,000
+
+
+def _open_on_cuda() -> None:
+    if reason := _why_closed("cuda"):
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cuda_graphs_replay_direct_calls(name: str) -> None:
+    _open_on_cuda()
+    case = CASES[name]
+    call, inputs = getattr(latentfast, case.function), case.inputs("cuda", torch.bfloat16)
+    call(**inputs)  # kernels are loaded, which a capture does not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with _answers() as answers, torch.cuda.graph(graph):
+        result = call(**inputs)
+    assert answers[0] is not None
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            value.copy_(value.flip(-1))
+    graph.replay()
+    for x, y in zip(_tensors(result), _tensors(call(**inputs)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_current_stream_is_used() -> None:
+    _open_on_cuda()
+    a, b = _pair("cuda", torch.float32).values()
+    expected = latentfast.slerp(a, b, 0.3)
+    late = torch.zeros_like(a)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # some 10 ms: a kernel on another stream would read the zeros
+        late.copy_(a)
+        result = latentfast.slerp(late, b, 0.3)
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+def test_another_device_than_the_current_one() -> None:
+    _open_on_cuda()
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for case in CASES.values():
+        expected = getattr(latentfast, case.function)(**case.inputs("cuda:0", torch.bfloat16))
+        with _answers() as answers:
+            result = getattr(latentfast, case.function)(**case.inputs("cuda:1", torch.bfloat16))
+        assert answers[0] is not None and torch.cuda.current_device() == 0
+        for x, y in zip(_tensors(result), _tensors(expected), strict=True):
+            assert x.device == torch.device("cuda:1") and torch.equal(x.cpu(), y.cpu())
+
+
+def test_tensors_on_two_devices_are_declined() -> None:
+    _open_on_cuda()
+    a, b = _pair("cuda", torch.float32).values()
+    with pytest.raises(ValueError, match="b must be on a's device"):
+        latentfast.slerp(a, b.cpu(), 0.3)
