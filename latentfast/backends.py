@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -108,13 +109,14 @@ def _implementation_on(backend: str, name: str, device: str) -> Callable[..., No
     return getattr(torch.ops.latentfast, name).default
 
 
-def _refusal(backend: str, name: str, device: str) -> Callable[..., None]:
+def _refusal(error: Exception) -> Callable[..., None]:
     def refuse(*args) -> None:
-        raise RuntimeError(f"backend '{backend}' was asked for but has no '{name}' for tensors on '{device}'")
+        raise error.with_traceback(None)
 
     return refuse
 
 
+@cache
 def _choices(forced: str | None) -> _Table:
     """Every operator's implementation on every device type: decided beforehand, so that a call is one look-up."""
     table: _Table = {}
@@ -126,7 +128,8 @@ def _choices(forced: str | None) -> _Table:
                     table[device, name] = found
                     break
             else:
-                table[device, name] = _refusal(str(forced), name, device)
+                why = f"backend '{forced}' was asked for but has no '{name}' for tensors on '{device}'"
+                table[device, name] = _refusal(RuntimeError(why))
     return table
 
 
@@ -203,4 +206,8 @@ def use_backend(name: str) -> Iterator[None]:
 if _settings.backend() is None:
     _log_fallbacks()
 else:
-    _force(_checked(str(_settings.backend()), "LATENTFAST_BACKEND"))
+    try:
+        _force(_checked(str(_settings.backend()), "LATENTFAST_BACKEND"))
+    except (ValueError, RuntimeError) as _error:  # told by the first operation: the doctor must be able to run
+        _table = dict.fromkeys(_table, _refusal(_error))
+        _direct.open_for({})
