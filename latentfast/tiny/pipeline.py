@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -12,8 +13,7 @@ import torch
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
-# What the model card was measured with; pass it to the pipeline: ``pipe(prompt, **RECOMMENDED)``.
-RECOMMENDED = {
+DEFAULTS: dict[str, int | float] = {
     "height": 128,
     "width": 128,
     "num_frames": 25,
@@ -34,6 +34,18 @@ def require(module: str) -> ModuleType:
 def model_path() -> Path:
     """The folder of the embedded model in diffusers' format, inside the package."""
     return Path(__file__).parent / "weights"
+
+
+def recommended(folder: Path) -> dict[str, int | float]:
+    """Settings to call a pipeline with: ``folder / "recommended.json"``, which the choice on validation prompts
+    (``tools/train_tiny``) leaves beside the weights, over the defaults.
+    """
+    path = folder / "recommended.json"
+    return DEFAULTS | (json.loads(path.read_text()) if path.exists() else {})
+
+
+# Of the model in the package; pass it to the pipeline: ``pipe(prompt, **RECOMMENDED)``.
+RECOMMENDED = recommended(model_path())
 
 
 def load_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> WanPipeline:
