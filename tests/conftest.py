@@ -40,12 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--interpret-all",
         action="store_true",
-        help="run every case through Triton's interpreter too, not every third of a test's cases",
+        help="run every case through Triton's interpreter too, not every fourth of a test's cases",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes a tenth of a second a call: of a test with many cases it gets every third."""
+    """Triton's interpreter takes a tenth of a second a call: of a test with many cases it gets every fourth."""
     if config.getoption("--interpret-all"):
         return
     kept, dropped, seen = [], [], Counter()
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _interpreted(item) and cases[item.originalname] > 12:
             seen[item.originalname] += 1
-            if seen[item.originalname] % 3 != 1:
+            if seen[item.originalname] % 4 != 1:
                 dropped.append(item)
                 continue
         kept.append(item)

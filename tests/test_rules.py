@@ -47,6 +47,11 @@ def _result_and_gradients(operation: Operation, inputs: dict) -> list[torch.Tens
     return [out, *found.values()]
 
 
+def _skip_torch_sums_over_part_of_a_sample(operation: Operation, target: Target) -> None:
+    if target.backend == "eager" and "dim" in operation.options:
+        pytest.skip("torch's own sums over some of a sample's dimensions depend on the batch (docs/numerics.md, 1)")
+
+
 # --- Rule 1: the same bits on every run, whatever else is in the batch, however many threads -------------------------
 
 
@@ -55,7 +60,7 @@ def _result_and_gradients(operation: Operation, inputs: dict) -> list[torch.Tens
 def test_rule1_same_bits_on_every_run(operation: Operation, dtype: torch.dtype, target: Target) -> None:
     inputs = _inputs(operation, target, dtype)
     first = _result_and_gradients(operation, inputs)
-    for _ in range(2 if target.interpreted else 5):
+    for _ in range(1 if target.interpreted else 5):
         assert all(map(same_bits, first, _result_and_gradients(operation, inputs)))
 
 
@@ -72,6 +77,7 @@ def test_rule1_same_bits_for_any_number_of_threads(operation: Operation, target:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @every_per_sample
 def test_rule1_same_bits_alone_and_in_a_batch_of_8(operation: Operation, dtype: torch.dtype, target: Target) -> None:
+    _skip_torch_sums_over_part_of_a_sample(operation, target)
     inputs = _inputs(operation, target, dtype, (8, *small(target)[1:]))
     upstream = fixed_upstream(operation.call(**inputs))
     batched, batched_grads = gradients(operation.call, inputs, operation.differentiable, upstream)
@@ -88,6 +94,7 @@ def test_rule1_same_bits_alone_and_in_a_batch_of_8(operation: Operation, dtype: 
 
 @pytest.mark.parametrize("operation", [o for o in LIGHT if o in PER_SAMPLE], ids=str)
 def test_rule1_same_bits_alone_and_in_a_batch_large(operation: Operation, target: Target) -> None:
+    _skip_torch_sums_over_part_of_a_sample(operation, target)
     if target.interpreted:
         pytest.skip("large batches take Triton's interpreter minutes")
     inputs = _inputs(operation, target, shape=(8, *large(target)[1:]))

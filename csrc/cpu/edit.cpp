@@ -74,7 +74,7 @@ void edit(const View& z, const View& directions, const OptionalView& strengths,
     const Stacked<C> steps(directions, target, "directions");
     const std::optional<Stacked<C>> where = mask.has_value() ? std::optional<Stacked<C>>({*mask, target, "mask"}) : std::nullopt;
     const T* from = data<T>(z);
-    T* to = mutable_data<T>(out);
+    const Output<T> to(mutable_data<T>(out), out.numel());
     const int64_t each = z.numel() / s.samples(), tiles = ceil_div(each, kTile);
     parallel(s.samples() * tiles, std::min<int64_t>(each, kTile), [&](int64_t begin, int64_t end) {
       Row<T> wide, rounded_row;
@@ -84,8 +84,9 @@ void edit(const View& z, const View& directions, const OptionalView& strengths,
         const int64_t sample = i / tiles, start = sample * each + i % tiles * kTile;
         const int n = static_cast<int>(std::min<int64_t>(kTile, (sample + 1) * each - start));
         const C* so_far = widen(from + start, n, wide);
-        C* row = begin_row(to + start, rounded_row);
-        const C* shared = where.has_value() && !where->varies() ? where->read(0, start, n, mask_rows[0].values) : nullptr;
+        C* row = to.begin(start, rounded_row);
+        const bool reads_shared = where.has_value() && !where->varies() && s.count() > 0;  // (0, …) masks are empty
+        const C* shared = reads_shared ? where->read(0, start, n, mask_rows[0].values) : nullptr;
         for (int64_t k = 0; k < s.count(); k += kSteps) {
           const int count = static_cast<int>(std::min<int64_t>(kSteps, s.count() - k));
           for (int j = 0; j < count; ++j) {
@@ -97,9 +98,9 @@ void edit(const View& z, const View& directions, const OptionalView& strengths,
           so_far = row;
         }
         if (so_far == row) {
-          finish_row(row, n, to + start);
+          to.finish(row, n, start);
         } else {
-          std::copy_n(from + start, n, to + start);  // no directions
+          to.copy(from + start, n, start);  // no directions
         }
       }
     });
@@ -117,21 +118,25 @@ void blend(const View& base, const View& edited, const View& mask, const View& o
     const auto& loop = loops_of<C>();
     const Broadcast<C> where(mask.const_data_ptr(), mask.scalar_type(), shape_of(mask), shape_of(base), "mask");
     const T *x = data<T>(base), *y = data<T>(edited);
-    T* to = mutable_data<T>(out);
     const int64_t numel = base.numel();
+    const Output<T> to(mutable_data<T>(out), numel);
     parallel(ceil_div(numel, kTile), kTile, [&](int64_t begin, int64_t end) {
       Row<T> wide_x, wide_y, mixed;
       Row<C> weight;
+      [[maybe_unused]] alignas(64) T packed[kTile];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i * kTile;
         const int n = static_cast<int>(std::min<int64_t>(kTile, numel - start));
         const C* m = where.read(start, n, weight.values);
-        C* row = begin_row(to + start, mixed);
+        C* row = to.begin(start, mixed);
         loop.blend(widen(x + start, n, wide_x), widen(y + start, n, wide_y), m, n, row);
-        finish_row(row, n, to + start);
-        if constexpr (!kIsWide<T>) {
-          const auto bits = [&](const T* values) { return reinterpret_cast<const uint16_t*>(values + start); };
-          loops().select(bits(x), bits(y), m, n, reinterpret_cast<uint16_t*>(to + start));
+        if constexpr (kIsWide<T>) {
+          to.finish(row, n, start);
+        } else {
+          const auto bits = [](const T* values) { return reinterpret_cast<const uint16_t*>(values); };
+          round_row(row, n, packed);
+          loops().select(bits(x + start), bits(y + start), m, n, reinterpret_cast<uint16_t*>(packed));
+          to.copy(packed, n, start);
         }
       }
     });

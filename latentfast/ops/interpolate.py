@@ -11,6 +11,7 @@ from latentfast import _direct
 from latentfast._operators import MODES
 from latentfast.backends import implementation
 from latentfast.ops import _checks
+from latentfast.ops._vectors import VectorDots, VectorMix, on_device
 from latentfast.reference._common import kept_shape, vector_dims
 from latentfast.reference.interpolate import catmull_rom_weights, spherical_mean_coefficients
 
@@ -75,10 +76,7 @@ def _device_values(name: str, t: Tensor, a: Tensor, lead: tuple[int, ...], kept:
     """A tensor of t as (K, vectors or 1), in the precision that the weights are computed in."""
     if t.dtype not in _checks.DTYPES:
         raise TypeError(f"{name} must be a float or a floating tensor, got {t.dtype}")
-    if t.device != a.device:
-        if t.device.type != "cpu" or t.ndim > len(lead):
-            raise ValueError(f"{name} must be on a's device {a.device}, got {t.device}")
-        t = t.to(a.device, non_blocking=True)
+    _checks.same_device(name, t, "a", a)
     t = t.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
     k = lead[0] if lead else 1
     if t.ndim <= len(lead) or t.numel() == k:
@@ -122,6 +120,8 @@ def _interpolate(mode: str, a: Tensor, b: Tensor, t, dim: _Dim, out: Tensor | No
 
     host: list[float] = []
     device: Tensor | None = None
+    if isinstance(t, Tensor) and t.device.type == "cpu" and a.is_cuda and t.ndim <= path and not t.requires_grad:
+        t = t.tolist()  # already on the host: no copy, and nothing to wait for
     if isinstance(t, Tensor):
         dims = dims or vector_dims(ndim, dim) if ndim else ()
         if path and t.ndim == 0:
@@ -132,8 +132,14 @@ def _interpolate(mode: str, a: Tensor, b: Tensor, t, dim: _Dim, out: Tensor | No
         host = _host_values(name, t)
         k = len(host)
     elif isinstance(t, int | float | torch.SymFloat | torch.SymInt):
-        host = [t]  # type: ignore[list-item]
         k = 1
+        if torch.compiler.is_compiling():
+            # An opaque operator fixes the value of a float, which would mean a compilation for every t; a product of a
+            # tensor does not.
+            wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+            device = torch.ones((1, 1), dtype=wide, device=a.device) * t  # type: ignore[operator, assignment]
+        else:
+            host = [t]  # type: ignore[list-item]
     else:
         raise TypeError(f"t must be a float or a tensor, got {type(t).__name__}")
 
@@ -315,49 +321,6 @@ def slerp_path(
     return _interpolate("slerp", a, b, ts, dim, out, True)
 
 
-class _VectorMix(torch.autograd.Function):
-    """out[k] = Σ_n coefficients[k, v, n] · x[n] on tensors (N, P, A, Q, M): see `_operators`."""
-
-    @staticmethod
-    def forward(ctx, x, coefficients):
-        ctx.save_for_backward(x, coefficients)
-        out = x.new_empty((coefficients.shape[0], *x.shape[1:]))
-        implementation("vector_mix", x)(x, coefficients, *x.shape[1:], out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, coefficients = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = grad_c = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _VectorMix.apply(grad, coefficients.permute(2, 1, 0).contiguous())
-        if ctx.needs_input_grad[1]:
-            grad_c = _VectorDots.apply(x, grad)
-            if coefficients.shape[1] == 1:
-                grad_c = grad_c.sum(1, keepdim=True)
-            grad_c = grad_c.to(coefficients.dtype)
-        return grad_x, grad_c
-
-
-class _VectorDots(torch.autograd.Function):
-    """Inner products of x (N, P, A, Q, M) with y (K, P, A, Q, M): (K, P·Q, N) float64. See `_operators`."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
-        out = x.new_empty((y.shape[0], x.shape[1] * x.shape[3], x.shape[0]), dtype=torch.float64)
-        implementation("vector_dots", x)(x, y, *x.shape[1:], out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        grad_x = _VectorMix.apply(y, grad.permute(2, 1, 0).contiguous()) if ctx.needs_input_grad[0] else None
-        grad_y = _VectorMix.apply(x, grad.contiguous()) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_y
-
-
 def interpolate_keys(keys: Tensor, ts: Sequence[float], *, mode: str = "slerp", dim: _Dim = None) -> Tensor:
     """A curve through N keyframes, at K real positions.
 
@@ -415,11 +378,16 @@ def interpolate_keys(keys: Tensor, ts: Sequence[float], *, mode: str = "slerp", 
 
 
 def _mix_keys(keys: Tensor, weights: list[dict[int, float]]) -> Tensor:
-    rows = [[row.get(i, 0.0) for i in range(keys.shape[0])] for row in weights]
+    n, k = keys.shape[0], len(weights)
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    coefficients = torch.tensor(rows, dtype=wide).unsqueeze(1).to(keys.device, non_blocking=True)
-    mixed = _VectorMix.apply(keys.reshape(keys.shape[0], 1, 1, 1, math.prod(keys.shape[1:])), coefficients)
-    return mixed.reshape(len(rows), *keys.shape[1:])
+    rows = [row.get(i, 0.0) for row in weights for i in range(n)]
+    coefficients = on_device(rows, keys, wide).view(k, 1, n)
+    mixed = VectorMix.apply(keys.reshape(n, 1, 1, 1, math.prod(keys.shape[1:])), coefficients)
+    mixed = mixed.reshape(k, *keys.shape[1:])
+    if all(len(row) > 1 for row in weights):
+        return mixed
+    # At a whole number the key itself: 0 + 1·x would make +0 of −0.
+    return torch.stack([keys[next(iter(row))] if len(row) == 1 else mixed[i] for i, row in enumerate(weights)])
 
 
 def spherical_mean(latents: Tensor, weights: Sequence[float] | Tensor, *, dim: _Dim = None) -> Tensor:
@@ -462,7 +430,7 @@ def spherical_mean(latents: Tensor, weights: Sequence[float] | Tensor, *, dim: _
         values = _host_values("weights", weights)
         if not sum(values) > 0:
             raise ValueError(f"weights must have a positive sum, got {values}")
-        w = torch.tensor(values, dtype=torch.float64).to(latents.device, non_blocking=True)
+        w = on_device(values, latents, torch.float64)
     if w.shape != (n,):
         raise ValueError(f"weights must have shape ({n},), one for each of the latents, got {tuple(w.shape)}")
 
@@ -476,6 +444,6 @@ def spherical_mean(latents: Tensor, weights: Sequence[float] | Tensor, *, dim: _
         mean = spherical_mean(moved, weights, dim=tuple(range(len(kept), len(shape))))
         return mean.permute([order.index(d) for d in range(len(shape))]).contiguous()
     x = latents.contiguous().reshape(n, *layout)
-    gram = _VectorDots.apply(x, x.view_as(x)).transpose(0, 1)  # Dynamo takes no tensor twice
+    gram = VectorDots.apply(x, x.view_as(x)).transpose(0, 1)  # Dynamo takes no tensor twice
     coefficients = spherical_mean_coefficients(gram, (w / w.sum()).expand(gram.shape[0], n))
-    return _VectorMix.apply(x, coefficients.unsqueeze(0).contiguous()).reshape(shape)
+    return VectorMix.apply(x, coefficients.unsqueeze(0).contiguous()).reshape(shape)

@@ -202,21 +202,27 @@ def spherical_mean_coefficients(gram: Tensor, weights: Tensor, steps: int = SPHE
     lengths, inverse = torch.where(present, roots, 0), torch.where(present, 1 / roots, 0)
     cosines = gram * inverse[:, :, None] * inverse[:, None, :]
 
+    # Products and sums, not matmul: batched products of matrices this small cost a library call for every vector.
+    def along_inputs(c: Tensor) -> Tensor:
+        return (cosines * c[:, None, :]).sum(-1)
+
+    def square(c: Tensor) -> Tensor:
+        return (c * along_inputs(c)).sum(-1, keepdim=True)
+
     def unit(c: Tensor) -> Tensor:
-        square = (c[:, None, :] @ cosines @ c[:, :, None]).squeeze(-1)
-        return c / square.clamp_min(1e-30).sqrt()
+        return c / square(c).clamp_min(1e-30).sqrt()
 
     w = torch.where(present, weights, 0)
-    straight = (w[:, None, :] @ cosines @ w[:, :, None]).squeeze(-1)
+    straight = square(w)
     heaviest = torch.where(present, torch.nn.functional.one_hot(w.abs().argmax(-1), w.shape[-1]), 0).to(w.dtype)
     c = unit(torch.where(straight > OPPOSITE**2 * w.abs().sum(-1, keepdim=True) ** 2, w, heaviest))
     for _ in range(steps):
-        along = (cosines @ c[:, :, None]).squeeze(-1).clamp(-1, 1)  # cos of the angle from the mean to each input
+        along = along_inputs(c).clamp(-1, 1)  # cos of the angle from the mean to each input
         theta = torch.acos(along.clamp(-1 + 1e-14, 1 - 1e-14))
         factor = torch.where(along > 1 - 1e-9, 1 + (1 - along) / 3, theta / torch.sin(theta))
         pull = torch.where(along < -1 + 1e-10, 0, w * factor)  # an antipode pulls in every direction alike
         step = pull - (pull * along).sum(-1, keepdim=True) * c  # Σ w_n log_m(u_n), as coefficients
-        size = (step[:, None, :] @ cosines @ step[:, :, None]).squeeze(-1).clamp_min(1e-30).sqrt()
+        size = square(step).clamp_min(1e-30).sqrt()
         c = unit(torch.cos(size) * c + torch.sin(size) / size * step)
     length = (weights * lengths).sum(-1, keepdim=True)
     return c * inverse * length
