@@ -218,10 +218,14 @@ def run_ninja(plan: Plan) -> None:
     ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if ninja is None:
         raise SystemExit("ninja is needed to build the native libraries: pip install ninja, or set LATENTFAST_BUILD=0")
+    import fcntl  # Linux is all that gets here
+
     WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "build.ninja").write_text(ninja_file(plan, torch_folder()))
     try:
-        subprocess.run([ninja, "-C", str(WORK), *plan.libraries], check=True)
+        with open(WORK / "lock", "w") as lock:  # two builds of one checkout would spoil ninja's log
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (WORK / "build.ninja").write_text(ninja_file(plan, torch_folder()))
+            subprocess.run([ninja, "-C", str(WORK), *plan.libraries], check=True)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"the native build failed (ninja ended with {error.returncode}, see above)") from None
 

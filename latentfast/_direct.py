@@ -7,27 +7,56 @@ answers None before anything has happened, and the caller goes on through the di
 function of the same library (``csrc/common/view.h``), so their results have the same bits.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from latentfast._operators import NORMS
 
+_log = logging.getLogger("latentfast")
+
 #: Whether some backend's door is open. Ask it first, and not while Dynamo traces: it could not look inside.
 enabled = False
 
 
-def _connected():
+def _connected() -> ModuleType | None:
     """The door's library; None where it was not built, or this Python or torch lacks what it needs."""
     if "t" in sys.abiflags:  # without a global lock objects are laid out differently
         return None
     try:
         from latentfast import _native_direct  # type: ignore[attr-defined]
 
-        _native_direct.connect(torch, NORMS)
-    except (ImportError, AttributeError, ValueError, RuntimeError):
+        guards = torch._C._dynamo.guards
+        _native_direct.connect(
+            {
+                "dlpack_exchange_api": torch.Tensor.__dlpack_c_exchange_api__,
+                "Tensor": torch.Tensor,
+                "is_neg": torch._C.TensorBase.is_neg,
+                "empty": torch.empty,
+                "float32": torch.float32,
+                "float16": torch.float16,
+                "bfloat16": torch.bfloat16,
+                "float64": torch.float64,
+                "norms": NORMS,
+                # what could have to see an operation before it runs
+                "is_grad_enabled": torch.is_grad_enabled,
+                "function_modes": torch._C._len_torch_function_stack,
+                "dispatch_modes": torch._C._len_torch_dispatch_stack,
+                "transforms_active": torch._C._are_functorch_transforms_active,
+                "is_tracing": torch._C._is_tracing,
+                # only for speed: what Inductor's generated code allocates with, on the current device
+                "empty_strided_cpu": getattr(guards, "_empty_strided_cpu", None),
+                "empty_strided_cuda": getattr(guards, "_empty_strided_cuda", None),
+                "current_cuda_device": getattr(torch._C, "_cuda_getDevice", None),
+            }
+        )
+    except (ImportError, AttributeError, RuntimeError) as error:
+        _log.debug("the direct door stays closed: %s", error)
         return None
     return _native_direct
 
@@ -55,6 +84,5 @@ def _absent(*args):
 interpolate: Callable[..., torch.Tensor | None] = getattr(_library, "interpolate", _absent)
 edit: Callable[..., torch.Tensor | None] = getattr(_library, "edit", _absent)
 blend: Callable[..., torch.Tensor | None] = getattr(_library, "blend", _absent)
-temporal_loss: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None] = getattr(
-    _library, "temporal_loss", _absent
-)
+#: Losses, or the pair of losses and gradient.
+temporal_loss: Callable[..., Any] = getattr(_library, "temporal_loss", _absent)

@@ -56,8 +56,10 @@ struct PairIn {
   bool single;     // one element leaves no way round
   double theta;    // the angle between the vectors (slerp), as exact as C, and near π as exact as C makes π − θ
   C sine, cosine;  // of it
-  double na, nb;   // lengths
   Sums sums;
+
+  LATENTFAST_HD double na() const { return sqrt(sums.aa); }
+  LATENTFAST_HD double nb() const { return sqrt(sums.bb); }
 };
 using Pair = PairIn<double>;
 
@@ -83,15 +85,19 @@ LATENTFAST_HD double product_minus_square(double x, double y, double z) {
   return (p - q) + (fma(x, y, -p) - fma(z, z, -q));
 }
 
-// sin(x). In float32 it is as exact near the multiples of π as elsewhere: x is brought to [−π/2, π/2] in float64.
+// sin(x). In float32 it is as exact near the multiples of π as elsewhere: x is brought to [−π/2, π/2] in float64, where a
+// polynomial of degree 11 is good for float32.
 template <typename C>
 LATENTFAST_HD C sine_of(double x) {
   if constexpr (std::is_same_v<C, double>) {
     return sin(x);
   } else {
-    const int64_t half_turns = llrint(x * (1.0 / kPi));
-    const C y = sin(static_cast<C>(fma(static_cast<double>(-half_turns), kPi, x)));
-    return half_turns % 2 == 0 ? y : -y;
+    constexpr double kToInteger = 6755399441055744.0;  // 1.5 · 2^52: a sum with it is a whole number, and ends in its bits
+    const double shifted = x * (1.0 / kPi) + kToInteger;
+    const C y = static_cast<C>(fma(kToInteger - shifted, kPi, x)), z = y * y;
+    const C p = -1.6666667e-1f + z * (8.3333310e-3f + z * (-1.9840874e-4f + z * (2.7525562e-6f - z * 2.3889859e-8f)));
+    const C s = y + y * z * p;
+    return std::bit_cast<uint64_t>(shifted) % 2 == 0 ? s : -s;
   }
 }
 
@@ -99,10 +105,8 @@ LATENTFAST_HD C sine_of(double x) {
 template <typename C = double>
 LATENTFAST_HD PairIn<C> make_pair_of(Mode mode, const Sums& sums, int64_t elements) {
   using P = PairIn<C>;
-  P pair{P::straight, elements == 1, 0.0, 1, 1, 0.0, 0.0, sums};
+  P pair{P::straight, elements == 1, 0.0, 1, 1, sums};
   if (mode == Mode::lerp) return pair;
-  pair.na = sqrt(sums.aa);
-  pair.nb = sqrt(sums.bb);
   if (mode == Mode::nlerp) {
     pair.kind = P::normalised;
     return pair;
@@ -121,9 +125,8 @@ LATENTFAST_HD PairIn<C> make_pair_of(Mode mode, const Sums& sums, int64_t elemen
   pair.cosine = adjacent / hypotenuse;
   const double acute = atan2(opposite, fabs(adjacent));
   pair.theta = adjacent < 0 ? kPi - acute : acute;
-  // |u + v|² = 2(1 + cos θ), without the cancellation
-  const C plus = 2 * pair.sine * pair.sine / (1 - pair.cosine);
-  if (adjacent < 0 && plus <= static_cast<C>(kOppositeSquared)) {
+  // |u + v|² = 2(1 + cos θ) = 2 sin²θ/(1 − cos θ), without the cancellation
+  if (adjacent < 0 && 2 * pair.sine * pair.sine <= static_cast<C>(kOppositeSquared) * (1 - pair.cosine)) {
     pair.kind = pair.single ? P::straight : P::opposite;
   } else {
     pair.kind = pair.theta < kSmallAngle ? P::nearly_parallel : P::arc;
@@ -165,15 +168,15 @@ struct StraightLength {
 
 template <typename C>
 LATENTFAST_HD StraightLength straight_length(const PairIn<C>& pair, double t) {
-  const double r = 1.0 - t, ab = pair.sums.ab, product = pair.na * pair.nb;
+  const double r = 1.0 - t, ab = pair.sums.ab, na = pair.na(), nb = pair.nb();
   // |r a + t b|² = (r|a| − t|b|)² + 2rt(|a||b| + a·b), or the same with both signs turned: that which cancels least. Single
   // elements are parallel or opposite, whatever was lost in rounding their products.
   const double side = ab < 0.0 ? -1.0 : 1.0;
-  const double apart = product + fabs(ab);
+  const double apart = na * nb + fabs(ab);
   const double defect = pair.single ? 0.0 : apart > 0.0 ? product_minus_square(pair.sums.aa, pair.sums.bb, ab) / apart : apart;
-  const double along = r * pair.na + side * t * pair.nb;
+  const double along = r * na + side * t * nb;
   StraightLength out;
-  out.wanted = r * pair.na + t * pair.nb;
+  out.wanted = r * na + t * nb;
   out.square = along * along - side * 2.0 * r * t * defect;
   out.vanishes = out.square <= kOppositeSquared * out.wanted * out.wanted;
   return out;
@@ -191,14 +194,14 @@ LATENTFAST_HD WeightsIn<C> interpolation_weights(const PairIn<C>& pair, double t
       return {arc_weight(pair, r), arc_weight(pair, t), 0};
     case P::opposite: {
       if (t == 1.0) return {0, 1, 0};  // b itself, which takes the gradient too
-      const C length = static_cast<C>(r + t * (pair.nb / pair.na));  // in units of |a|
+      const C length = static_cast<C>(r + t * (pair.nb() / pair.na()));  // in units of |a|
       return {length * sine_of<C>(kPi * (0.5 - t)), 0, length * sine_of<C>(kPi * t)};
     }
     case P::normalised: {
       const StraightLength actual = straight_length(pair, t);
       if (actual.vanishes) {
-        if (pair.single || pair.na == 0.0) return straight;
-        return {0, 0, static_cast<C>(fabs(actual.wanted) / pair.na)};
+        if (pair.single || pair.sums.aa == 0.0) return straight;
+        return {0, 0, static_cast<C>(fabs(actual.wanted) / pair.na())};
       }
       const double scale = fabs(actual.wanted) / sqrt(actual.square);
       return {static_cast<C>(r * scale), static_cast<C>(t * scale), 0};
@@ -219,12 +222,12 @@ LATENTFAST_HD WeightSlopes interpolation_slopes(const Pair& pair, double t) {
     case Pair::nearly_parallel: {
       const double a_c = arc_weight_cosine(pair, r), b_c = arc_weight_cosine(pair, t);
       const double c_aa = -0.5 * pair.cosine / pair.sums.aa, c_bb = -0.5 * pair.cosine / pair.sums.bb;
-      const double c_ab = 1.0 / (pair.na * pair.nb);
+      const double c_ab = 1.0 / (pair.na() * pair.nb());
       return {a_c * c_aa, a_c * c_bb, a_c * c_ab, b_c * c_aa, b_c * c_bb, b_c * c_ab,
               -arc_weight_s(pair, r), arc_weight_s(pair, t), 0.0};
     }
     case Pair::opposite: {
-      const double ratio = pair.nb / pair.na, length = r + t * ratio, growth = ratio - 1.0;
+      const double ratio = pair.nb() / pair.na(), length = r + t * ratio, growth = ratio - 1.0;
       const double c = cos(kPi * t), s = sin(kPi * t);
       out.a_t = growth * c - length * kPi * s;
       out.b_t = 0.0;
@@ -235,19 +238,19 @@ LATENTFAST_HD WeightSlopes interpolation_slopes(const Pair& pair, double t) {
       const StraightLength straight = straight_length(pair, t);
       const double sign = straight.wanted < 0.0 ? -1.0 : 1.0;
       if (straight.vanishes) {
-        if (pair.single || pair.na == 0.0) return out;
+        if (pair.single || pair.sums.aa == 0.0) return out;
         out.a_t = out.b_t = 0.0;
-        out.turn_t = sign * (pair.nb - pair.na) / pair.na;
+        out.turn_t = sign * (pair.nb() - pair.na()) / pair.na();
         return out;
       }
       const double inverse = 1.0 / sqrt(straight.square);
       const double scale = sign * straight.wanted * inverse;
       const double fall = -0.5 * scale * inverse * inverse;  // of the scale with |lerp|²
-      const double s_aa = (pair.na > 0.0 ? 0.5 * sign * r / pair.na * inverse : 0.0) + fall * r * r;
-      const double s_bb = (pair.nb > 0.0 ? 0.5 * sign * t / pair.nb * inverse : 0.0) + fall * t * t;
+      const double s_aa = (pair.sums.aa > 0.0 ? 0.5 * sign * r / pair.na() * inverse : 0.0) + fall * r * r;
+      const double s_bb = (pair.sums.bb > 0.0 ? 0.5 * sign * t / pair.nb() * inverse : 0.0) + fall * t * t;
       const double s_ab = fall * 2.0 * t * r;
       const double square_t = 2.0 * (t * pair.sums.bb - r * pair.sums.aa + (1.0 - 2.0 * t) * pair.sums.ab);
-      const double s_t = sign * (pair.nb - pair.na) * inverse + fall * square_t;
+      const double s_t = sign * (pair.nb() - pair.na()) * inverse + fall * square_t;
       return {r * s_aa, r * s_bb, r * s_ab, t * s_aa, t * s_bb, t * s_ab, r * s_t - scale, t * s_t + scale, 0.0};
     }
     default:

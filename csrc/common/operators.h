@@ -1,5 +1,5 @@
-// The operators that have a direct door past the dispatcher. Each native library defines them, and operators.cpp, which is
-// compiled into each, hands them out.
+// The operators that have a direct door past the dispatcher. Each native library defines them, and
+// operators.cpp, which is compiled into each, hands them out.
 #pragma once
 
 #include <span>
@@ -10,8 +10,8 @@ namespace latentfast {
 
 // With the signatures of latentfast/_operators.py.
 struct Operators {
-  using Interpolate = void(const View& a, const View& b, const OptionalView& t, std::span<const double> ts, int64_t kind,
-                           int64_t p, int64_t n, int64_t q, int64_t m, const View& out);
+  using Interpolate = void(const View& a, const View& b, const OptionalView& t, std::span<const double> ts,
+                           int64_t kind, int64_t p, int64_t n, int64_t q, int64_t m, const View& out);
   using Edit = void(const View& z, const View& directions, const OptionalView& strengths,
                     std::span<const double> host_strengths, const OptionalView& mask, const View& out);
   using Blend = void(const View& base, const View& edited, const View& mask, const View& out);

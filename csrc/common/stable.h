@@ -51,7 +51,8 @@ inline Shape shape_of(const Tensor& x) {
   return {sizes.data(), static_cast<int>(sizes.size())};
 }
 
-// Shapes, dtypes and contiguity were validated by the Python layer (latentfast/ops); this guards the raw operators.
+// Shapes, dtypes and contiguity were validated by the Python layer (latentfast/ops); this guards the raw
+// operators.
 template <typename X>
 void check_contiguous(const X& x, const char* name) {
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
@@ -61,7 +62,8 @@ void check_contiguous(const X& x, const char* name) {
 // copy-on-write tensors alone, which this makes real ones.)
 inline View view_of(const Tensor& x) {
   const Shape shape = shape_of(x);
-  return {x.mutable_data_ptr(), shape.sizes, shape.dims, x.get_device_index(), x.scalar_type(), x.is_contiguous()};
+  return {x.mutable_data_ptr(), shape.sizes,     shape.dims,
+          x.get_device_index(), x.scalar_type(), x.is_contiguous()};
 }
 
 inline OptionalView view_of(const OptionalTensor& x) {
@@ -94,7 +96,9 @@ template <typename Function, Function* kOperator>
 struct OnTensors;
 template <typename... Arguments, void (*kOperator)(Arguments...)>
 struct OnTensors<void(Arguments...), kOperator> {
-  static void call(typename FromDispatcher<Arguments>::type... arguments) { kOperator(view_of(arguments)...); }
+  static void call(typename FromDispatcher<Arguments>::type... arguments) {
+    kOperator(view_of(arguments)...);
+  }
 };
 
 // TORCH_BOX for an operator on views: it gets views of the tensors that the dispatcher brings.

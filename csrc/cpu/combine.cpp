@@ -58,7 +58,7 @@ void dots(const T* x, int64_t x_count, const T* y, int64_t y_count, int64_t each
 // `coefficients` (K, vectors or 1, N); out (K, …).
 template <typename T, typename W>
 void combine(const T* x, int64_t x_count, const W* coefficients, int64_t k_count, int64_t coefficient_rows, int64_t each,
-             const Vectors& vectors, T* out) {
+             const Vectors& vectors, const Output<T>& out) {
   using C = Working<T>;
   const auto& loop = loops_of<C>();
   const auto coefficient = [&](int64_t k, int64_t v, int64_t i) {
@@ -85,7 +85,7 @@ void combine(const T* x, int64_t x_count, const W* coefficients, int64_t k_count
             const C* own = all.data() + (k * x_count + i) * block.width;
             loop.add_scaled_columns(widen(x + i * each + at, block.width, wide), block.width, own, acc.values);
           }
-          put_row(acc.values, block.width, out + k * each + at);
+          out.finish(acc.values, block.width, k * each + at);
         }
       }
     });
@@ -101,7 +101,7 @@ void combine(const T* x, int64_t x_count, const W* coefficients, int64_t k_count
           const C c = coefficient(k, v, i);
           if (c != 0) loop.add_scaled(widen(x + i * each + at, n, wide), n, c, acc.values);
         }
-        put_row(acc.values, n, out + k * each + at);
+        out.finish(acc.values, n, k * each + at);
       }
     });
   };
@@ -134,7 +134,7 @@ void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, i
   dispatch_floating(x.scalar_type(), "vector_mix", [&]<typename T>() {
     dispatch_wide(coefficients.scalar_type(), "vector_mix's coefficients", [&]<typename W>() {
       combine(data<T>(x), x.size(0), data<W>(coefficients), k, coefficients.size(1), out.numel() / k, Vectors{p, n, q, m},
-              mutable_data<T>(out));
+              Output(mutable_data<T>(out), out.numel()));
     });
   });
 }

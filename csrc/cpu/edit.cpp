@@ -15,6 +15,7 @@ class Stacked {
         part_(x.const_data_ptr(), x.scalar_type(), part_shape(x, target), target, name) {}
 
   bool varies() const { return stacked_; }
+  const C* direct(int64_t part, int64_t start, int64_t n) const { return part_.direct(start, n, part * each_); }
   const C* read(int64_t part, int64_t start, int n, C* buffer) const { return part_.read(start, n, buffer, part * each_); }
 
  private:
@@ -57,53 +58,88 @@ class Strengths {
   int64_t samples_ = 1;
 };
 
+template <typename T>
+struct Editing {
+  using C = Working<T>;
+  const T* z;
+  Stacked<C> directions;
+  std::optional<Stacked<C>> mask;
+  Strengths strengths;
+  Output<T> out;
+
+  // All directions in one go, if nothing has to be widened, put together or kept for a second round; false if something has.
+  bool add_directly(int64_t sample, int64_t start, int n) const {
+    if constexpr (kIsWide<T>) {
+      if (strengths.count() == 0 || strengths.count() > kSteps) return false;
+      Step<C> step[kSteps];
+      for (int64_t k = 0; k < strengths.count(); ++k) {
+        step[k].direction = directions.direct(k, start, n);
+        step[k].mask = mask.has_value() ? mask->direct(mask->varies() ? k : 0, start, n) : nullptr;
+        step[k].strength = static_cast<C>(strengths.at(k, sample));
+        if (step[k].direction == nullptr || (mask.has_value() && step[k].mask == nullptr)) return false;
+      }
+      loops_of<C>().add_steps[mask.has_value()](z + start, step, static_cast<int>(strengths.count()), n, &out[start], out.streams());
+      return true;
+    }
+    return false;
+  }
+
+  void add_by_row(int64_t sample, int64_t start, int n) const {
+    Row<T> wide, rounded_row;
+    Row<C> direction_rows[kSteps], mask_rows[kSteps];
+    Step<C> step[kSteps];
+    const C* so_far = widen(z + start, n, wide);
+    C* row = out.begin(start, rounded_row);
+    const C* shared = mask.has_value() && !mask->varies() ? mask->read(0, start, n, mask_rows[0].values) : nullptr;
+    for (int64_t k = 0; k < strengths.count(); k += kSteps) {
+      const int count = static_cast<int>(std::min<int64_t>(kSteps, strengths.count() - k));
+      for (int j = 0; j < count; ++j) {
+        step[j].direction = directions.read(k + j, start, n, direction_rows[j].values);
+        step[j].mask = shared == nullptr && mask.has_value() ? mask->read(k + j, start, n, mask_rows[j].values) : shared;
+        step[j].strength = static_cast<C>(strengths.at(k + j, sample));
+      }
+      loops_of<C>().add_steps[mask.has_value()](so_far, step, count, n, row, false);
+      so_far = row;
+    }
+    if (so_far == row) {
+      out.finish(row, n, start);
+    } else {
+      out.copy(z + start, n, start);  // no directions
+    }
+  }
+
+  void run(int64_t numel) const {
+    constexpr int64_t kPiece = 8 * kTile;
+    const int64_t each = numel / strengths.samples(), pieces = ceil_div(each, kPiece);
+    parallel(strengths.samples() * pieces, std::min(each, kPiece), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t sample = i / pieces, start = sample * each + i % pieces * kPiece;
+        const int64_t stop = std::min(start + kPiece, (sample + 1) * each);
+        if (add_directly(sample, start, static_cast<int>(stop - start))) continue;
+        for (int64_t at = start; at < stop; at += kTile) {
+          add_by_row(sample, at, static_cast<int>(std::min<int64_t>(kTile, stop - at)));
+        }
+      }
+    });
+  }
+};
+
 }  // namespace
 
-void edit(const View& z, const View& directions, const OptionalView& strengths,
-          std::span<const double> host_strengths, const OptionalView& mask, const View& out) {
+void edit(const View& z, const View& directions, const OptionalView& strengths, std::span<const double> host_strengths,
+          const OptionalView& mask, const View& out) {
   check_contiguous(z, "z");
   check_contiguous(directions, "directions");
   check_contiguous(out, "out");
   if (mask.has_value()) check_contiguous(*mask, "mask");
   if (out.numel() == 0) return;
-  const Strengths s(strengths, host_strengths);
   dispatch_floating(z.scalar_type(), "edit", [&]<typename T>() {
     using C = Working<T>;
-    const auto& loop = loops_of<C>();
     const Shape target = shape_of(z);
-    const Stacked<C> steps(directions, target, "directions");
-    const std::optional<Stacked<C>> where = mask.has_value() ? std::optional<Stacked<C>>({*mask, target, "mask"}) : std::nullopt;
-    const T* from = data<T>(z);
-    const Output<T> to(mutable_data<T>(out), out.numel());
-    const int64_t each = z.numel() / s.samples(), tiles = ceil_div(each, kTile);
-    parallel(s.samples() * tiles, std::min<int64_t>(each, kTile), [&](int64_t begin, int64_t end) {
-      Row<T> wide, rounded_row;
-      Row<C> direction_rows[kSteps], mask_rows[kSteps];
-      Step<C> step[kSteps];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i / tiles, start = sample * each + i % tiles * kTile;
-        const int n = static_cast<int>(std::min<int64_t>(kTile, (sample + 1) * each - start));
-        const C* so_far = widen(from + start, n, wide);
-        C* row = to.begin(start, rounded_row);
-        const bool reads_shared = where.has_value() && !where->varies() && s.count() > 0;  // (0, …) masks are empty
-        const C* shared = reads_shared ? where->read(0, start, n, mask_rows[0].values) : nullptr;
-        for (int64_t k = 0; k < s.count(); k += kSteps) {
-          const int count = static_cast<int>(std::min<int64_t>(kSteps, s.count() - k));
-          for (int j = 0; j < count; ++j) {
-            step[j].direction = steps.read(k + j, start, n, direction_rows[j].values);
-            step[j].mask = shared == nullptr && where.has_value() ? where->read(k + j, start, n, mask_rows[j].values) : shared;
-            step[j].strength = static_cast<C>(s.at(k + j, sample));
-          }
-          loop.add_steps[where.has_value()](so_far, step, count, n, row);
-          so_far = row;
-        }
-        if (so_far == row) {
-          to.finish(row, n, start);
-        } else {
-          to.copy(from + start, n, start);  // no directions
-        }
-      }
-    });
+    Editing<T> op{data<T>(z), Stacked<C>(directions, target, "directions"), std::nullopt, Strengths(strengths, host_strengths),
+                  Output(mutable_data<T>(out), out.numel())};
+    if (mask.has_value()) op.mask.emplace(*mask, target, "mask");
+    op.run(z.numel());
   });
 }
 

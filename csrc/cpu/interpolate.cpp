@@ -1,6 +1,4 @@
 // interpolate: lerp, nlerp and slerp at K values of t. Two passes over the vectors (one for lerp), inputs read once a pass.
-#include <cstring>
-
 #include "common/operators.h"
 #include "cpu/vectors.h"
 
@@ -20,7 +18,7 @@ struct Interpolation {
   using C = Working<T>;
   const T* a;
   const T* b;
-  T* out;
+  Output<T> out;
   int64_t numel;
   Mode mode;
   Times times;
@@ -75,14 +73,14 @@ struct Interpolation {
         const C* wide_a = widen(a + i, n, x);
         const C* wide_b = widen(b + i, n, y);
         for (int64_t k = 0; k < times.count(); ++k) {
-          T* to = out + k * numel + i;
+          const int64_t to = k * numel + i;
           if (weights.end[k] >= 0) {
-            std::memcpy(to, (weights.end[k] == 0 ? a : b) + i, n * sizeof(T));
+            out.copy((weights.end[k] == 0 ? a : b) + i, n, to);
             continue;
           }
-          C* row = begin_row(to, z);
+          C* row = out.begin(to, z);
           loop.mix(wide_a, wide_b, n, static_cast<C>(weights.at[k].a), static_cast<C>(weights.at[k].b), row);
-          finish_row(row, n, to);
+          out.finish(row, n, to);
         }
       });
       if (weights.delicate) put_carefully(v, part, weights);
@@ -118,14 +116,14 @@ struct Interpolation {
         const C* row_a = widen(a + at, width, x);
         const C* row_b = widen(b + at, width, y);
         for (int64_t k = 0; k < count; ++k) {
-          T* to = out + k * numel + at;
-          C* row = begin_row(to, z);
+          const int64_t to = k * numel + at;
+          C* row = out.begin(to, z);
           loop.mix_columns(row_a, row_b, width, wa.data() + k * width, wb.data() + k * width, row);
-          finish_row(row, width, to);
+          out.finish(row, width, to);
           for (int v = 0; v < block.vectors; ++v) {
             if (special[v].end[k] < 0) continue;
             const int64_t from = v * vectors.m;
-            std::memcpy(to + from, (special[v].end[k] == 0 ? a : b) + at + from, vectors.m * sizeof(T));
+            out.copy((special[v].end[k] == 0 ? a : b) + at + from, vectors.m, to + from);
           }
         }
         for (int v = 0; v < block.vectors; ++v) {
@@ -145,7 +143,7 @@ void interpolate(const View& a, const View& b, const OptionalView& t, std::span<
   check_contiguous(out, "out");
   if (out.numel() == 0) return;
   dispatch_floating(a.scalar_type(), "interpolate", [&]<typename T>() {
-    const Interpolation<T> op{data<T>(a),       data<T>(b),   mutable_data<T>(out), a.numel(),
+    const Interpolation<T> op{data<T>(a),       data<T>(b),   Output(mutable_data<T>(out), out.numel()), a.numel(),
                               static_cast<Mode>(mode), Times(t, ts), {p, n, q, m}};
     if (op.mode == Mode::lerp && !op.times.vary()) {
       // nothing depends on where a vector ends

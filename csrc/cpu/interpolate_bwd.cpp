@@ -21,8 +21,8 @@ struct InterpolationBackward {
   const T* grad;
   const T* a;
   const T* b;
-  T* grad_a;  // null: not wanted, as for the others
-  T* grad_b;
+  Output<T> grad_a;  // absent: not wanted, as for the others
+  Output<T> grad_b;
   void* grad_t;
   bool grad_t_is_double;
   int64_t numel;
@@ -95,8 +95,8 @@ struct InterpolationBackward {
         along_b += w.b * widened(g[i]);
         if (w.turn != 0.0) along_a += w.turn * from.quarter.turned_back(vectors, g, v, part.first + d);
       }
-      if (grad_a != nullptr) grad_a[i] = rounded<T>(static_cast<C>(along_a));
-      if (grad_b != nullptr) grad_b[i] = rounded<T>(static_cast<C>(along_b));
+      if (grad_a) grad_a[i] = rounded<T>(static_cast<C>(along_a));
+      if (grad_b) grad_b[i] = rounded<T>(static_cast<C>(along_b));
     }
   }
 
@@ -123,8 +123,8 @@ struct InterpolationBackward {
       Row<T> x, y, z;
       Row<C> acc;
       for_rows(part, [&](int64_t i, int n) {
-        const auto put = [&](T* target, const T* own, const T* other, double d_own, double Weights::*weight) {
-          if (target == nullptr) return;
+        const auto put = [&](const Output<T>& target, const T* own, const T* other, double d_own, double Weights::*weight) {
+          if (!target) return;
           if (bends()) {
             loop.mix(widen(own + i, n, x), widen(other + i, n, y), n, static_cast<C>(2.0 * d_own), static_cast<C>(from.ab),
                      acc.values);
@@ -134,7 +134,7 @@ struct InterpolationBackward {
           for (int64_t k = 0; k < times.count(); ++k) {
             loop.add_scaled(widen(grad + k * numel + i, n, z), n, static_cast<C>(from.at[k].*weight), acc.values);
           }
-          put_row(acc.values, n, target + i);
+          target.finish(acc.values, n, i);
         };
         put(grad_a, a, b, from.aa, &Weights::a);
         put(grad_b, b, a, from.bb, &Weights::b);
@@ -181,8 +181,8 @@ struct InterpolationBackward {
       }
       for (int64_t i = 0; i < vectors.n; ++i) {
         const int64_t at = block.row(i);
-        const auto put = [&](T* target, const T* own, const T* other, const C* d_own, const C* weights) {
-          if (target == nullptr) return;
+        const auto put = [&](const Output<T>& target, const T* own, const T* other, const C* d_own, const C* weights) {
+          if (!target) return;
           if (bends()) {
             loop.mix_columns(widen(own + at, width, x), widen(other + at, width, y), width, d_own, ab.data(), acc.values);
           } else {
@@ -191,7 +191,7 @@ struct InterpolationBackward {
           for (int64_t k = 0; k < count; ++k) {
             loop.add_scaled_columns(widen(grad + k * numel + at, width, z), width, weights + k * width, acc.values);
           }
-          put_row(acc.values, width, target + at);
+          target.finish(acc.values, width, at);
         };
         put(grad_a, a, b, aa.data(), wa.data());
         put(grad_b, b, a, bb.data(), wb.data());
@@ -213,8 +213,8 @@ void interpolate_bwd(const View& grad, const View& a, const View& b, const Optio
     const InterpolationBackward<T> op{data<T>(grad),
                                       data<T>(a),
                                       data<T>(b),
-                                      mutable_data_or_null<T>(grad_a),
-                                      mutable_data_or_null<T>(grad_b),
+                                      Output(mutable_data_or_null<T>(grad_a), a.numel()),
+                                      Output(mutable_data_or_null<T>(grad_b), a.numel()),
                                       mutable_data_or_null<void>(grad_t),
                                       grad_t.has_value() && grad_t->scalar_type() == ScalarType::Double,
                                       a.numel(),

@@ -141,20 +141,64 @@ void add_scaled_columns(const C* __restrict x, int n, const C* __restrict w, C* 
   for (int i = 0; i < n; ++i) out[i] += w[i] == 0 ? 0 : w[i] * x[i];
 }
 
-template <int kCount, bool kMasked, typename C>
+// How far ahead the rows of long streams are fetched, in bytes: several streams at once outrun what the hardware does alone.
+constexpr int kAhead = 4096;
+
+template <typename C>
+using Vector __attribute__((vector_size(kBytes))) = C;
+
+template <typename C>
+inline Vector<C> load(const C* x) {
+  Vector<C> out;
+  std::memcpy(&out, x, sizeof out);
+  return out;
+}
+
+inline void store_around(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
+  std::memcpy(to, from, kBytes);
+#endif
+}
+
+// Bytes before `x` is aligned for store_around.
+inline int64_t unaligned_bytes(const void* x) { return (kBytes - reinterpret_cast<intptr_t>(x) % kBytes) % kBytes; }
+
+template <int kCount, bool kMasked, bool kStreams, typename C>
 void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
-  const C* __restrict direction[kCount];
-  const C* __restrict mask[kCount];
+  constexpr int kStep = kBytes / sizeof(C), kLine = 64 / sizeof(C);
+  const C* direction[kCount];
+  const C* mask[kCount];
   C strength[kCount];
   for (int k = 0; k < kCount; ++k) {
     direction[k] = steps[k].direction;
     mask[k] = steps[k].mask;
     strength[k] = steps[k].strength;
   }
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
+  int i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
+    for (int k = 0; k < kCount; ++k) __builtin_prefetch(reinterpret_cast<const char*>(direction[k] + i) + kAhead);
+    for (int j = i; j < i + kLine; j += kStep) {
+      Vector<C> value = load(from + j);
+      for (int k = 0; k < kCount; ++k) {
+        const Vector<C> step = strength[k] * load(direction[k] + j);
+        value += kMasked ? load(mask[k] + j) * step : step;
+      }
+      if constexpr (kStreams) {
+        store_around(out + j, &value);
+      } else {
+        std::memcpy(out + j, &value, sizeof value);
+      }
+    }
+  }
+  for (; i < n; ++i) {
     C value = from[i];
-#pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
       const C step = strength[k] * direction[k][i];
       value += kMasked ? mask[k][i] * step : step;
@@ -163,18 +207,27 @@ void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
   }
 }
 
+template <int kCount, bool kMasked, typename C>
+void add_steps_to(const C* from, const Step<C>* steps, int n, C* out, bool streams) {
+  if (streams && unaligned_bytes(out) == 0) {
+    add_steps_of<kCount, kMasked, true>(from, steps, n, out);
+  } else {
+    add_steps_of<kCount, kMasked, false>(from, steps, n, out);
+  }
+}
+
 template <bool kMasked, typename C>
-void add_steps(const C* from, const Step<C>* steps, int count, int n, C* out) {
+void add_steps(const C* from, const Step<C>* steps, int count, int n, C* out, bool streams) {
   static_assert(kSteps == 4);
   switch (count) {
     case 1:
-      return add_steps_of<1, kMasked>(from, steps, n, out);
+      return add_steps_to<1, kMasked>(from, steps, n, out, streams);
     case 2:
-      return add_steps_of<2, kMasked>(from, steps, n, out);
+      return add_steps_to<2, kMasked>(from, steps, n, out, streams);
     case 3:
-      return add_steps_of<3, kMasked>(from, steps, n, out);
+      return add_steps_to<3, kMasked>(from, steps, n, out, streams);
     default:
-      return add_steps_of<4, kMasked>(from, steps, n, out);
+      return add_steps_to<4, kMasked>(from, steps, n, out, streams);
   }
 }
 
@@ -277,7 +330,6 @@ void first_step(const FirstStep<C>& f, int n, C eps, C scale) {
       __builtin_prefetch(f.z + j + i + f.z_ahead);
       __builtin_prefetch(f.ref + j + i + f.ref_ahead);
       if constexpr (kMasked) __builtin_prefetch(f.m1 + j + i + f.mask_ahead);
-      __builtin_prefetch(f.grad + j + i + f.grad_ahead, 1);
     }
     const int size = n - j < kBlock ? n - j : kBlock;
     first_step_of<kNorm, kMasked>(f.z + j, f.ref + j, kMasked ? f.m0 + j : nullptr, kMasked ? f.m1 + j : nullptr, size, eps, scale,
@@ -353,26 +405,13 @@ void select(const uint16_t* __restrict base, const uint16_t* __restrict edited, 
 }
 
 void stream(const void* x, int64_t bytes, void* out) {
-#if defined(__x86_64__)
   const char* from = static_cast<const char*>(x);
   char* to = static_cast<char*>(out);
-  const int64_t unaligned = (kBytes - reinterpret_cast<intptr_t>(to) % kBytes) % kBytes;
-  const int64_t head = unaligned < bytes ? unaligned : bytes;
-  std::memcpy(to, from, head);
-  int64_t i = head;
-  for (; i + kBytes <= bytes; i += kBytes) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-#else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
-  }
+  const int64_t unaligned = unaligned_bytes(to);
+  int64_t i = unaligned < bytes ? unaligned : bytes;
+  std::memcpy(to, from, i);
+  for (; i + kBytes <= bytes; i += kBytes) store_around(to + i, from + i);
   std::memcpy(to + i, from + i, bytes - i);
-#else
-  std::memcpy(out, x, bytes);
-#endif
 }
 
 template <typename C>

@@ -42,7 +42,7 @@ struct FirstStep {
   const C *m0, *m1;
   C *x, *slope, *penalty, *grad;
   // Elements from a row to the next frame's, which is fetched beforehand; 0 where that is not known.
-  int64_t z_ahead, ref_ahead, mask_ahead, grad_ahead;
+  int64_t z_ahead, ref_ahead, mask_ahead;
 };
 
 template <typename C>
@@ -60,8 +60,9 @@ struct LoopsOf {
   void (*add_scaled)(const C* x, int n, C w, C* out);
   void (*add_scaled_columns)(const C* x, int n, const C* w, C* out);  // a weight of 0 leaves its element out
 
-  // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be `from`). [masked]
-  void (*add_steps[2])(const C* from, const Step<C>* steps, int count, int n, C* out);
+  // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be `from`), written around
+  // the caches if `streams`. [masked]
+  void (*add_steps[2])(const C* from, const Step<C>* steps, int count, int n, C* out, bool streams);
   // base + mask·(edited − base), base where the mask is 0, edited where it is 1.
   void (*blend)(const C* base, const C* edited, const C* mask, int n, C* out);
 

@@ -9,6 +9,9 @@
 #include <cstring>
 #include <type_traits>
 #include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include "common/stable.h"
 #include "cpu/loops.h"
@@ -31,7 +34,13 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 template <typename F>
 void parallel(int64_t count, int64_t elements_each, F&& f) {
   if (count <= 0) return;
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each)), f);
+  const auto task = [&](int64_t begin, int64_t end) {
+    f(begin, end);
+#if defined(__x86_64__)
+    _mm_sfence();  // what was written around the caches is there before another thread goes on
+#endif
+  };
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each)), task);
 }
 
 inline int64_t item_size(ScalarType dtype) {
@@ -91,37 +100,66 @@ const C* widen_to(const M* x, int n, Row<C>& buffer) {
   }
 }
 
-// Where a row of results is computed: in place if `out` has the working precision, or in `buffer`; then `finish_row`.
+// A working row rounded to T.
 template <typename T>
-Working<T>* begin_row(T* out, Row<T>& buffer) {
-  if constexpr (kIsWide<T>) {
-    return out;
-  } else {
-    return buffer.values;
-  }
-}
-
-template <typename T>
-void finish_row(const Working<T>* row, int n, T* out) {
-  if constexpr (!kIsWide<T>) {
-    auto* u = reinterpret_cast<uint16_t*>(out);
-    if constexpr (std::is_same_v<T, Half>) {
-      loops().round_half(row, n, u);
-    } else {
-      loops().round_bfloat16(row, n, u);
-    }
-  }
-}
-
-// A working row into its place.
-template <typename T>
-void put_row(const Working<T>* row, int n, T* out) {
+void round_row(const Working<T>* row, int n, T* out) {
   if constexpr (kIsWide<T>) {
     std::copy_n(row, n, out);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    loops().round_half(row, n, reinterpret_cast<uint16_t*>(out));
   } else {
-    finish_row(row, n, out);
+    loops().round_bfloat16(row, n, reinterpret_cast<uint16_t*>(out));
   }
 }
+
+// Results from this size on are written around the caches: they would drive the inputs out, and be gone themselves before
+// anyone reads them.
+constexpr int64_t kStreamedBytes = int64_t(4) << 20;
+
+// A tensor of results, written row by row. An absent one takes no rows.
+template <typename T>
+class Output {
+ public:
+  Output(T* data, int64_t numel) : data_(data), streams_(numel * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes) {}
+
+  explicit operator bool() const { return data_ != nullptr; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  bool streams() const { return streams_; }
+
+  // Where the row of results at `at` is computed; it goes to `finish` then.
+  Working<T>* begin(int64_t at, Row<T>& buffer) const {
+    if constexpr (kIsWide<T>) {
+      if (data_ != nullptr && !streams_) return data_ + at;
+    }
+    return buffer.values;
+  }
+
+  void finish(const Working<T>* row, int n, int64_t at) const {
+    if (data_ == nullptr) return;
+    if constexpr (kIsWide<T>) {
+      if (row != data_ + at) copy(row, n, at);
+    } else if (streams_) {
+      alignas(64) T packed[kTile];
+      round_row(row, n, packed);
+      copy(packed, n, at);
+    } else {
+      round_row(row, n, data_ + at);
+    }
+  }
+
+  // Finished elements, with their bits.
+  void copy(const T* from, int64_t n, int64_t at) const {
+    if (streams_) {
+      loops().stream(from, n * static_cast<int64_t>(sizeof(T)), data_ + at);
+    } else {
+      std::memcpy(static_cast<void*>(data_ + at), from, n * sizeof(T));
+    }
+  }
+
+ private:
+  T* data_;
+  bool streams_;
+};
 
 // And back.
 template <typename T>
@@ -130,7 +168,7 @@ T rounded(Working<T> value) {
     return value;
   } else {
     T out;
-    finish_row<T>(&value, 1, &out);
+    round_row(&value, 1, &out);
     return out;
   }
 }

@@ -93,7 +93,7 @@ struct TemporalLoss {
   double weight[2];  // first, second
   int norm;
   double eps, grad_scale;
-  T* grad;  // null: not wanted
+  Output<T> grad;  // absent: not wanted
 
   // The penalties of one block of columns, added to `sums`; its gradient, if wanted. The common case: first differences alone.
   void walk_first(int64_t sample, int64_t outer, int64_t column, int n, double total, double* sums) const {
@@ -106,7 +106,7 @@ struct TemporalLoss {
     std::fill_n(slope.values, n, C(0));
     if (ref == nullptr) std::fill_n(nothing.values, n, C(0));
     const C* mask_before = nullptr;
-    T* to = nullptr;
+    int64_t before = 0;
     for (int64_t t = 0; t < clip.frames; ++t) {
       const int64_t at = clip.row(sample, outer, t) + column;
       const C* frame = widen(z + at, n, wide_z);
@@ -115,19 +115,19 @@ struct TemporalLoss {
       if (t == 0) {
         loop.subtract(frame, reference, n, x.values);
       } else {
-        C* row = grad == nullptr ? wide_grad.values : begin_row(to, wide_grad);
+        C* row = grad.begin(before, wide_grad);
         const int64_t ahead = kIsWide<T> ? clip.inner : 0;
         const bool in_place = mask_now != nullptr && mask_now != weights[t % 2].values;
         const FirstStep<C> rows{frame, reference, mask_before, mask_now, x.values, slope.values, penalty.values, row,
-                                ahead, ref == nullptr ? 0 : ahead, in_place ? clip.inner : 0, grad == nullptr ? 0 : ahead};
+                                ahead, ref == nullptr ? 0 : ahead, in_place ? clip.inner : 0};
         step(rows, n, static_cast<C>(eps), scale);
-        if (grad != nullptr) finish_row(row, n, to);
+        grad.finish(row, n, before);
         loop.sum(penalty.values, n, lanes);
       }
       mask_before = mask_now;
-      if (grad != nullptr) to = grad + at;
+      before = at;
     }
-    if (grad != nullptr) put_row(slope.values, n, to);
+    grad.finish(slope.values, n, before);
     sums[0] = add_lanes(lanes);
   }
 
@@ -161,9 +161,9 @@ struct TemporalLoss {
         difference(rows, n, static_cast<C>(eps), static_cast<C>(scale), penalty.values, slopes[order][oldest % 3].values);
         loop.sum(penalty.values, n, lanes[order]);
       }
-      if (grad != nullptr && t >= lag) write_gradient(sample, outer, column, n, t - lag, active, slopes, wide_grad);
+      if (grad && t >= lag) write_gradient(sample, outer, column, n, t - lag, active, slopes, wide_grad);
     }
-    for (int64_t t = std::max<int64_t>(0, clip.frames - lag); grad != nullptr && t < clip.frames; ++t) {
+    for (int64_t t = std::max<int64_t>(0, clip.frames - lag); grad && t < clip.frames; ++t) {
       write_gradient(sample, outer, column, n, t, active, slopes, wide_grad);
     }
     for (int order = 0; order < 2; ++order) sums[order] = add_lanes(lanes[order]);
@@ -185,8 +185,8 @@ struct TemporalLoss {
                       const Rows (&slopes)[2], Row<T>& wide) const {
     const auto& loop = loops_of<C>();
     static constexpr C kShares[2][3] = {{-1, 1, 0}, {1, -2, 1}};  // of the slopes at t, t − 1, t − 2
-    T* to = grad + clip.row(sample, outer, t) + column;
-    C* row = begin_row(to, wide);
+    const int64_t to = clip.row(sample, outer, t) + column;
+    C* row = grad.begin(to, wide);
     std::fill_n(row, n, C(0));
     for (int order = 0; order < 2; ++order) {
       for (int64_t back = 0; active[order] && back <= order + 1; ++back) {
@@ -195,13 +195,13 @@ struct TemporalLoss {
         loop.add_scaled(slopes[order][i % 3].values, n, kShares[order][back], row);
       }
     }
-    finish_row(row, n, to);
+    grad.finish(row, n, to);
   }
 
   template <typename L>
   void run(const std::vector<Totals>& totals, L* loss) const {
     // blocks of columns of even width, a multiple of the lanes
-    const int64_t count = std::max<int64_t>(1, ceil_div(clip.inner, kTile));
+    const int64_t count = std::max<int64_t>(1, ceil_div(clip.inner, 1024));
     const int64_t width = ceil_div(ceil_div(clip.inner, count), kLanes) * kLanes;
     const int64_t blocks = ceil_div(clip.inner, width), each = clip.outer * blocks;
     std::vector<double> sums(2 * clip.samples * each, 0.0);
@@ -250,7 +250,7 @@ void temporal_loss(const View& z, const OptionalView& ref, const OptionalView& m
   dispatch_floating(z.scalar_type(), "temporal_loss", [&]<typename T>() {
     using C = Working<T>;
     TemporalLoss<T> op{clip_of(shape, dim), data<T>(z), data_or_null<T>(ref),  std::nullopt,
-                       {first, second},     static_cast<int>(norm), eps, grad_scale, mutable_data_or_null<T>(grad)};
+                       {first, second},     static_cast<int>(norm), eps, grad_scale, Output(mutable_data_or_null<T>(grad), z.numel())};
     std::vector<Totals> totals(1, count_differences(op.clip));
     if (mask.has_value()) {
       op.mask.emplace(mask->const_data_ptr(), mask->scalar_type(), shape_of(*mask), shape, "mask");

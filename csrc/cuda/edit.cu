@@ -27,8 +27,14 @@ namespace latentfast::cuda {
 namespace {
 
 constexpr int kHostStrengths = 32;  // handed to the kernel by value; more go through device memory
+constexpr int kGroup = 2;           // rows a thread takes with the step hoisted, where they share the mask
 enum MaskKind : int { kNoMask, kOneMask, kMaskEach };
+enum Directions : int { kHoisted, kSingle, kSeveral };  // made into a step before the repeats; N == 1; any N
 enum Operand : int { kZ, kDirection, kMask, kStrength };
+
+// Never contracted: what is added may be a product here and a longer sum in another of the kernels.
+__device__ __forceinline__ float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+__device__ __forceinline__ double rounded_sum(double a, double b) { return __dadd_rn(a, b); }
 
 template <typename T>
 struct EditParams {
@@ -44,11 +50,15 @@ struct EditParams {
   C host[kHostStrengths];
 };
 
-template <typename T, typename M, int V, int kMaskKind, bool kHoist>
-__global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constant__ EditParams<T> p) {
+// G: the rows a thread takes, which share the mask.
+template <typename T, typename M, int V, int kMaskKind, int kDirections, int G>
+__global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
+    edit_kernel(const __grid_constant__ EditParams<T> p) {
   using C = Wide<T>;
+  constexpr bool kHoist = kDirections == kHoisted;
+  static_assert(G == 1 || kHoist);
   // repeats whose loads are in flight together
-  constexpr int U = kHoist || V == 1 ? 4 : 2;
+  constexpr int U = (kHoist && G == 1) || V == 1 ? 4 : 2;
   const Walk<4>& walk = p.walk;
   Spot<4> spot;
   if (!locate<V>(walk, spot)) return;
@@ -62,18 +72,25 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
                                                 r * walk.repeat_stride[kStrength]];
   };
 
-  C hoisted[V] = {};
+  C hoisted[G][V] = {};
   if constexpr (kHoist) {
 #pragma unroll 4
     for (int64_t n = 0; n < p.count; ++n) {
-      Raw<T, V> raw;
-      C d[V];
-      load_row<true>(raw, directions + n * p.direction_stride, walk.inner_stride[kDirection]);
-      fill_row(raw, walk.inner_stride[kDirection]);
-      widen_raw(raw, d);
+      Raw<T, V> raw[G];
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        load_row<true>(raw[g], directions + n * p.direction_stride + g * walk.group_stride[kDirection],
+                       walk.inner_stride[kDirection]);
+      }
       const C s = strength(n, 0);
 #pragma unroll
-      for (int v = 0; v < V; ++v) hoisted[v] = fma(s, d[v], hoisted[v]);
+      for (int g = 0; g < G; ++g) {
+        C d[V];
+        fill_row(raw[g], walk.inner_stride[kDirection]);
+        widen_raw(raw[g], d);
+#pragma unroll
+        for (int v = 0; v < V; ++v) hoisted[g][v] = fma(s, d[v], hoisted[g][v]);
+      }
     }
   }
 
@@ -81,23 +98,32 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
     const auto inside = [&](int u) {
       return r0 + u < spot.last && spot.position + (r0 + u) * walk.repeat_step < walk.inner;
     };
-    Raw<T, V> z[U];
+    Raw<T, V> z[U][G];
     Raw<M, V> m[U];
+    [[maybe_unused]] Raw<T, V> single[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
-      load_raw<true>(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        load_raw<true>(z[u][g],
+                       p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ] + g * walk.group_stride[kZ]);
+      }
+      if (kDirections == kSingle) {
+        load_row<true>(single[u], directions + (r0 + u) * walk.repeat_stride[kDirection],
+                       walk.inner_stride[kDirection]);
+      }
       if (kind == kOneMask) {
         load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
       }
     }
-    C step[U][V];  // z + step with a mask for each direction
-    if constexpr (!kHoist) {
+    [[maybe_unused]] C step[U][V];  // z + step with a mask for each direction
+    if constexpr (kDirections == kSeveral) {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) step[u][v] = 0;
-        if (kind == kMaskEach && inside(u)) widen_raw(z[u], step[u]);
+        if (kind == kMaskEach && inside(u)) widen_raw(z[u][0], step[u]);
       }
 #pragma unroll 2
       for (int64_t n = 0; n < p.count; ++n) {
@@ -137,20 +163,35 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
-      C x[V];
-      const C(&move)[V] = kHoist ? hoisted : step[u];
-      widen_raw(z[u], x);
+      [[maybe_unused]] C w[V];
       if (kind == kOneMask) {
-        C w[V];
         fill_row(m[u], walk.inner_stride[kMask]);
         widen_raw(m[u], w);
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v] = fma(w[v], move[v], x[v]);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v] = kind == kMaskEach ? move[v] : x[v] + move[v];
       }
-      store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ], x);
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        C x[V], move[V];
+        widen_raw(z[u][g], x);
+        if constexpr (kDirections == kSingle) {
+          fill_row(single[u], walk.inner_stride[kDirection]);
+          widen_raw(single[u], move);
+          const C s = strength(0, r0 + u);
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            move[v] = fma(s, move[v], C(0));  // as the sums of the other kernels begin
+        } else {
+#pragma unroll
+          for (int v = 0; v < V; ++v) move[v] = kHoist ? hoisted[g][v] : step[u][v];
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          x[v] = kind == kOneMask    ? fma(w[v], move[v], x[v])
+                 : kind == kMaskEach ? move[v]
+                                     : rounded_sum(x[v], move[v]);
+        }
+        store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ] + g * walk.group_stride[kZ],
+                     x);
+      }
     }
   }
 }
@@ -280,7 +321,8 @@ int64_t count_stride(const View& x, int dims) {
 }  // namespace latentfast::cuda
 
 void latentfast::edit(const View& z, const View& directions, const OptionalView& strengths,
-                      std::span<const double> host_strengths, const OptionalView& given_mask, const View& out) {
+                      std::span<const double> host_strengths, const OptionalView& given_mask,
+                      const View& out) {
   using namespace cuda;
   const int64_t numel = z.numel();
   if (numel == 0) return;
@@ -342,23 +384,33 @@ void latentfast::edit(const View& z, const View& directions, const OptionalView&
           kind == kMaskEach || count == 0 ? -1 : longest_constant(joined, {kDirection, kStrength});
       const int share = kind == kNoMask ? -1 : longest_constant(joined, {kMask});
       dim3 grid, block;
-      const auto launch = [&](auto kernel, int repeat_dim, int vec, bool shared_rows, uint32_t chunk) {
-        p.walk = make_walk(joined, repeat_dim, vec, shared_rows, chunk, target.device, grid, block);
+      const auto launch = [&](auto kernel, int repeat_dim, int vec, bool shared_rows, uint32_t chunk,
+                              int group = 1) {
+        p.walk = make_walk(joined, repeat_dim, vec, shared_rows, chunk, target.device, grid, block, group);
         kernel<<<grid, block, 0, target.stream>>>(p);
         check_launch("edit");
       };
       if constexpr (sizeof(T) < 8) {
         if (vectors && hoist >= 0) {
-          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, true>, hoist, V, false, 16);
-          return launch(edit_kernel<T, M, V, kOneMask, true>, hoist, V, share >= 0, 16);
+          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, kHoisted, 1>, hoist, V, false, 16);
+          const int row_dim = joined.dims - 2 - (hoist == joined.dims - 2);  // the last one besides `hoist`
+          if (row_dim >= 0 && joined.stride[kMask][row_dim] == 0 && joined.size[row_dim] % kGroup == 0)
+            return launch(edit_kernel<T, M, V, kOneMask, kHoisted, kGroup>, hoist, V, true, 16, kGroup);
+          return launch(edit_kernel<T, M, V, kOneMask, kHoisted, 1>, hoist, V, share >= 0, 16);
         }
         if (vectors) {
-          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, false>, share, V, false, 8);
-          if (kind == kOneMask) return launch(edit_kernel<T, M, V, kOneMask, false>, share, V, false, 8);
-          return launch(edit_kernel<T, M, V, kMaskEach, false>, share, V, false, 8);
+          const bool single = count == 1;
+          if (kind == kNoMask && single)
+            return launch(edit_kernel<T, T, V, kNoMask, kSingle, 1>, share, V, false, 8);
+          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, kSeveral, 1>, share, V, false, 8);
+          if (kind == kOneMask && single)
+            return launch(edit_kernel<T, M, V, kOneMask, kSingle, 1>, share, V, false, 8);
+          if (kind == kOneMask)
+            return launch(edit_kernel<T, M, V, kOneMask, kSeveral, 1>, share, V, false, 8);
+          return launch(edit_kernel<T, M, V, kMaskEach, kSeveral, 1>, share, V, false, 8);
         }
       }
-      launch(edit_kernel<T, M, 1, kNoMask, false>, share, 1, false, 8);
+      launch(edit_kernel<T, M, 1, kNoMask, kSeveral, 1>, share, 1, false, 8);
     });
   });
 }
@@ -397,7 +449,7 @@ void latentfast::blend(const View& base, const View& edited, const View& mask, c
         if (vectors) return launch(blend_kernel<T, M, V>, V);
       }
       launch(blend_kernel<T, M, 1>, 1);
-        });
+    });
   });
 }
 

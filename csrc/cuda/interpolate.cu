@@ -40,14 +40,18 @@ Vectors make_vectors(int64_t p, int64_t n, int64_t q, int64_t m, int multiproces
   STD_TORCH_CHECK(pieces + kChunkPieces<T> <= INT32_MAX, "interpolate: vectors of ", n * m,
                   " elements are too long");
   const int chunks = static_cast<int>(ceil_div<int64_t>(pieces, kChunkPieces<T>));
-  return {p * q,
-          n,
-          q,
-          m,
-          static_cast<int>(run_pieces),
-          static_cast<int>(pieces),
-          chunks,
-          std::min(chunks, multiprocessors)};
+  const int shares = std::min(chunks, multiprocessors);
+  return {.count = p * q,
+          .n = n,
+          .q = q,
+          .m = m,
+          .length = n * m,
+          .run_pieces = static_cast<int>(run_pieces),
+          .pieces = static_cast<int>(pieces),
+          .chunks = chunks,
+          .shares = shares,
+          .share_chunks = chunks / shares,
+          .longer_shares = chunks % shares};
 }
 
 template <typename T>
@@ -109,7 +113,7 @@ void latentfast::interpolate(const View& a, const View& b, const OptionalView& t
       }
       arguments.out = results + first * numel;
       run<T>(target, arguments);
-        }
+    }
   });
 }
 

@@ -2,10 +2,10 @@
 // how elements are blended. See interpolate.cu for the choice between the kernels.
 //
 // A vector of n·m elements is n runs of m neighbours. A run is cut into *pieces* of 2 KB (the last one may be
-// shorter): what one warp reads at once. The pieces of 4096 elements form a *chunk*. A vector's chunks are dealt
-// out in as many *shares* as the card has multiprocessors: neighbouring chunks, as evenly as that goes. A share's
-// three inner products |a|², |b|², a·b are what blocks tell each other. The order of every sum is a function of
-// n, m, the dtype and the card alone:
+// shorter): what one warp reads at once. The pieces of 4096 elements form a *chunk*. A vector's chunks are
+// dealt out in as many *shares* as the card has multiprocessors: neighbouring chunks, as evenly as that goes.
+// A share's three inner products |a|², |b|², a·b are what blocks tell each other. The order of every sum is a
+// function of n, m, the dtype and the card alone:
 //   lane      the 16-byte packs l, l + 32, l + 64, l + 96 of a piece go to lane l, in this order;
 //   piece     a tree over the 32 lanes;
 //   chunk     its pieces, in order;
@@ -35,19 +35,19 @@ constexpr int kChunkPieces = kChunkElements / kPieceElements<T>;
 struct Vectors {
   int64_t count;  // p·q
   int64_t n, q, m;
+  int64_t length;  // n·m
   int run_pieces;  // pieces of a run
   int pieces;      // pieces of a vector
   int chunks;
   int shares;
+  int share_chunks;  // chunks of a share; the first `longer_shares` have one more
+  int longer_shares;
 
-  __host__ __device__ int64_t elements() const { return n * m; }
   __device__ int64_t base(int64_t vector) const {
-    return q == 1 ? vector * n * m : (vector / q * n * q + vector % q) * m;
+    return q == 1 ? vector * length : (vector / q * n * q + vector % q) * m;
   }
   // The chunk at which a share begins; the one behind the last share ends the vector.
-  __host__ __device__ int share_begin(int share) const {
-    return static_cast<int>(static_cast<int64_t>(chunks) * share / shares);
-  }
+  __device__ int share_begin(int share) const { return share * share_chunks + min(share, longer_shares); }
   // Where element e of a vector lies, counted from its base.
   __device__ int64_t offset(int64_t e) const { return q == 1 || n == 1 ? e : e / m * q * m + e % m; }
 };
@@ -198,22 +198,26 @@ __device__ __forceinline__ double fold_lanes(double x) {
 
 // One pack of the result. The kinds of turn need the vector's pairs of elements to be pairs of a pack.
 template <typename T>
-__device__ __forceinline__ uint4 mix_pack(const Mix<Wide<T>>& mix, const uint4& raw_a, const uint4& raw_b,
-                                          const Wide<T> (&x)[kPack<T>], const Wide<T> (&y)[kPack<T>]) {
-  Wide<T> r[kPack<T>];
-  if (mix.kind == Kind::blend) {
+__device__ __forceinline__ uint4 blend_pack(const Mix<Wide<T>>& mix, const uint4& raw_a, const uint4& raw_b) {
+  Wide<T> x[kPack<T>], y[kPack<T>];
+  unpack<T>(raw_a, x);
+  unpack<T>(raw_b, y);
 #pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) r[i] = fma(mix.a, x[i], mix.b * y[i]);
-  } else if (mix.kind == Kind::copy_a) {
-    return raw_a;
-  } else if (mix.kind == Kind::copy_b) {
-    return raw_b;
-  } else {
+  for (int i = 0; i < kPack<T>; ++i) x[i] = fma(mix.a, x[i], mix.b * y[i]);
+  return pack<T>(x);
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 special_pack(const Mix<Wide<T>>& mix, const uint4& raw_a,
+                                              const uint4& raw_b) {
+  if (mix.kind == Kind::copy_a) return raw_a;
+  if (mix.kind == Kind::copy_b) return raw_b;
+  Wide<T> x[kPack<T>], r[kPack<T>];
+  unpack<T>(raw_a, x);
 #pragma unroll
-    for (int i = 0; i < kPack<T>; i += 2) {
-      r[i] = fma(mix.a, x[i], -(mix.b * x[i + 1]));
-      r[i + 1] = fma(mix.a, x[i + 1], mix.b * x[i]);
-    }
+  for (int i = 0; i < kPack<T>; i += 2) {
+    r[i] = fma(mix.a, x[i], -(mix.b * x[i + 1]));
+    r[i + 1] = fma(mix.a, x[i + 1], mix.b * x[i]);
   }
   return pack<T>(r);
 }
@@ -260,37 +264,38 @@ __device__ __forceinline__ uint4 load_pack(const T* from, int elements) {
   }
 }
 
-// What a lane holds of a piece; zeros behind its end.
+// What a lane holds of a piece, or of one that is known to have no more than 32·J packs; zeros behind its
+// end.
+template <int J = kLanePacks>
 struct LanePacks {
-  uint4 a[kLanePacks], b[kLanePacks];
+  uint4 a[J], b[J];
 };
 
-template <typename T>
-__device__ __forceinline__ double sum_packs(const LanePacks& packs) {
+template <typename T, int J>
+__device__ __forceinline__ double sum_packs(const LanePacks<J>& packs) {
   LaneSums s;
 #pragma unroll
-  for (int j = 0; j < kLanePacks; ++j) s.add<T>(packs.a[j], packs.b[j]);
+  for (int j = 0; j < J; ++j) s.add<T>(packs.a[j], packs.b[j]);
   return fold_warp(s);
 }
 
 // All results of a piece. Pack by pack, so that only one is widened at a time.
-template <typename T, bool Aligned>
+template <typename T, bool Aligned, int J>
 __device__ __forceinline__ void write_packs(const Arguments& arguments, const Mix<Wide<T>>* mixes,
-                                            const LanePacks& packs, int64_t base, const Piece& piece) {
+                                            const LanePacks<J>& packs, int64_t base, const Piece& piece) {
+  const int lane_begin = threadIdx.x % 32 * kPack<T>;
+  T* const first = static_cast<T*>(arguments.out) + base + piece.offset + lane_begin;
+  const int left = piece.elements - lane_begin;
 #pragma unroll
-  for (int j = 0; j < kLanePacks; ++j) {
-    const int e = (threadIdx.x % 32 + 32 * j) * kPack<T>;
-    if (e >= piece.elements) continue;
-    T* out = static_cast<T*>(arguments.out) + base + piece.offset + e;
-    [[maybe_unused]] Wide<T> x[kPack<T>], y[kPack<T>];
-    if constexpr (Aligned) {
-      unpack<T>(packs.a[j], x);
-      unpack<T>(packs.b[j], y);
-    }
+  for (int j = 0; j < J; ++j) {
+    const int e = j * 32 * kPack<T>;
+    if (e >= left) break;
+    T* out = first + e;
     for (int k = 0; k < arguments.values.count; ++k, out += arguments.numel) {
       const Mix<Wide<T>> mix = mixes[k];
       if constexpr (Aligned) {
-        store_once(out, mix_pack<T>(mix, packs.a[j], packs.b[j], x, y));
+        store_once(out, mix.kind == Kind::blend ? blend_pack<T>(mix, packs.a[j], packs.b[j])
+                                                : special_pack<T>(mix, packs.a[j], packs.b[j]));
       } else {
         const T* const a = reinterpret_cast<const T*>(&packs.a[j]);
         const T* const b = reinterpret_cast<const T*>(&packs.b[j]);
@@ -299,9 +304,9 @@ __device__ __forceinline__ void write_packs(const Arguments& arguments, const Mi
         };
 #pragma unroll
         for (int i = 0; i < kPack<T>; ++i) {
-          if (e + i < piece.elements) {
-            out[i] =
-                mix_element<T>(mix, a[i], b[i], piece.first + e + i, arguments.vectors.elements(), partner);
+          if (e + i < left) {
+            out[i] = mix_element<T>(mix, a[i], b[i], piece.first + lane_begin + e + i,
+                                    arguments.vectors.length, partner);
           }
         }
       }

@@ -18,11 +18,11 @@ namespace {
 constexpr int kBlockWarps = 8;
 constexpr int kThreads = 32 * kBlockWarps;
 
-template <typename T, bool Aligned>
-__device__ __forceinline__ LanePacks load_piece(const Arguments& arguments, int64_t offset, int elements) {
-  LanePacks packs;
+template <typename T, bool Aligned, int J = kLanePacks>
+__device__ __forceinline__ LanePacks<J> load_piece(const Arguments& arguments, int64_t offset, int elements) {
+  LanePacks<J> packs;
 #pragma unroll
-  for (int j = 0; j < kLanePacks; ++j) {
+  for (int j = 0; j < J; ++j) {
     const int e = (threadIdx.x % 32 + 32 * j) * kPack<T>;
     packs.a[j] = load_pack<T, Aligned>(static_cast<const T*>(arguments.a) + offset + e, elements - e);
     packs.b[j] = load_pack<T, Aligned>(static_cast<const T*>(arguments.b) + offset + e, elements - e);
@@ -37,14 +37,14 @@ struct Last {
   int64_t base;
 
   __device__ double operator()() const {
-    const int64_t offset = base + arguments.vectors.offset(arguments.vectors.elements() - 1);
+    const int64_t offset = base + arguments.vectors.offset(arguments.vectors.length - 1);
     return widen<T>(static_cast<const T*>(arguments.a)[offset]);
   }
 };
 
-// Vectors of one piece: a warp takes `batch` of them. `batch` times the number of values is at most
-// kMaxValues.
-template <typename T, bool Aligned>
+// Vectors of one piece and no more than 32·J packs: a warp takes `batch` of them. `batch` times the number of
+// values is at most kMaxValues.
+template <typename T, bool Aligned, int J>
 __global__ void __launch_bounds__(kThreads)
     warp_kernel(const __grid_constant__ Arguments arguments, int batch) {
   __shared__ Mix<Wide<T>> mixes[kBlockWarps][kMaxValues];
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
 
   Sums sums{0.0, 0.0, 0.0};  // lane i: those of the vector that its weights are for
   for (int v = 0; v < mine; ++v) {
-    const LanePacks packs = load_piece<T, Aligned>(arguments, vectors.base(begin + v), piece.elements);
+    const LanePacks<J> packs = load_piece<T, Aligned, J>(arguments, vectors.base(begin + v), piece.elements);
     const double folded = sum_packs<T>(packs);
     const Sums all{__shfl_sync(0xffffffffu, folded, 0), __shfl_sync(0xffffffffu, folded, 8),
                    __shfl_sync(0xffffffffu, folded, 16)};
@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(kThreads)
   if (lane < mine * values) {
     const int64_t vector = begin + lane / values;
     mixes[warp][lane] = make_mix<Wide<T>>(arguments.mode, sums, arguments.values.at(lane % values, vector),
-                                          vectors.elements(), Last<T>{arguments, vectors.base(vector)});
+                                          vectors.length, Last<T>{arguments, vectors.base(vector)});
   }
   __syncwarp();
   for (int v = 0; v < mine; ++v) {
     const int64_t base = vectors.base(begin + v);
-    const LanePacks packs = load_piece<T, Aligned>(arguments, base, piece.elements);
+    const LanePacks<J> packs = load_piece<T, Aligned, J>(arguments, base, piece.elements);
     write_packs<T, Aligned>(arguments, mixes[warp] + v * values, packs, base, piece);
   }
 }
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 3 : 1)
   const int64_t base = vectors.base(vector);
   const bool has_piece = warp < vectors.pieces;
   Piece piece{};
-  LanePacks packs;
+  LanePacks<> packs;
   if (has_piece) {
     piece = piece_of<T>(vectors, warp);
     packs = load_piece<T, Aligned>(arguments, base + piece.offset, piece.elements);
@@ -109,9 +109,9 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 3 : 1)
         total[i] += sum;
       }
     }
-    mixes[threadIdx.x] = make_mix<Wide<T>>(arguments.mode, {total[0], total[1], total[2]},
-                                           arguments.values.at(threadIdx.x, vector), vectors.elements(),
-                                           Last<T>{arguments, base});
+    mixes[threadIdx.x] =
+        make_mix<Wide<T>>(arguments.mode, {total[0], total[1], total[2]},
+                          arguments.values.at(threadIdx.x, vector), vectors.length, Last<T>{arguments, base});
   }
   __syncthreads();
   if (has_piece) write_packs<T, Aligned>(arguments, mixes, packs, base, piece);
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads)
         const int begin = vectors.share_begin(share), end = vectors.share_begin(share + 1);
         for (int i = 0; i < 3; ++i) {
           const double* const chunk = mine + static_cast<int64_t>(i) * vectors.chunks;
-          double sum = chunk[begin];
-          for (int c = begin + 1; c < end; ++c) sum += chunk[c];
+          double sum = 0.0;
+          for (int c = begin; c < end; ++c) sum += chunk[c];
           share_sums[i][threadIdx.x] = sum;
         }
       }
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads)
       const Sums total{fold_lanes(lanes[0]), fold_lanes(lanes[1]), fold_lanes(lanes[2])};
       if (threadIdx.x < arguments.values.count) {
         mixes[vector * arguments.values.count + threadIdx.x] =
-            make_mix<Wide<T>>(arguments.mode, total, arguments.values.at(threadIdx.x, vector),
-                              vectors.elements(), Last<T>{arguments, vectors.base(vector)});
+            make_mix<Wide<T>>(arguments.mode, total, arguments.values.at(threadIdx.x, vector), vectors.length,
+                              Last<T>{arguments, vectors.base(vector)});
       }
     }
   }
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(32 * kChunkPieces<T>)
     if (chunk * P + warp >= vectors.pieces) continue;
     const Piece piece = piece_of<T>(vectors, chunk * P + warp);
     const int64_t base = vectors.base(vector);
-    const LanePacks packs = load_piece<T, Aligned>(arguments, base + piece.offset, piece.elements);
+    const LanePacks<> packs = load_piece<T, Aligned>(arguments, base + piece.offset, piece.elements);
     write_packs<T, Aligned>(arguments, mixes + vector * arguments.values.count, packs, base, piece);
   }
 }
@@ -213,7 +213,11 @@ void launch(const Target& target, const Arguments& arguments) {
         vectors.m * static_cast<int64_t>(sizeof(T)) * 2 > kPieceBytes ? 1 : std::min(8, fitting);
     const int64_t blocks = ceil_div<int64_t>(vectors.count, static_cast<int64_t>(kBlockWarps) * batch);
     STD_TORCH_CHECK(blocks <= kMaxGrid, "interpolate: too many vectors: ", vectors.count);
-    warp_kernel<T, Aligned><<<static_cast<unsigned>(blocks), kThreads, 0, target.stream>>>(arguments, batch);
+    const int64_t packs = ceil_div<int64_t>(vectors.m, kPack<T>);
+    const auto kernel = !Aligned || packs > 64 ? warp_kernel<T, Aligned, kLanePacks>
+                        : packs > 32           ? warp_kernel<T, true, 2>
+                                               : warp_kernel<T, true, 1>;
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, target.stream>>>(arguments, batch);
     check_launch("interpolate");
     return;
   }
@@ -233,9 +237,8 @@ void launch(const Target& target, const Arguments& arguments) {
   const unsigned grid = static_cast<unsigned>(std::min(chunks, kMaxGrid));
   chunk_sums_kernel<T, Aligned><<<grid, 32 * kChunkPieces<T>, 0, target.stream>>>(arguments, sums);
   check_launch("interpolate, sums");
-  weights_kernel<T>
-      <<<static_cast<unsigned>(std::min(vectors.count, kMaxGrid)), kThreads, 0, target.stream>>>(
-          arguments, sums, mixes);
+  weights_kernel<T><<<static_cast<unsigned>(std::min(vectors.count, kMaxGrid)), kThreads, 0, target.stream>>>(
+      arguments, sums, mixes);
   check_launch("interpolate, weights");
   results_kernel<T, Aligned><<<grid, 32 * kChunkPieces<T>, 0, target.stream>>>(arguments, mixes);
   check_launch("interpolate, results");

@@ -14,8 +14,8 @@
 // reports to an mbarrier) and frees itself: no warp waits for another to get its data. For every vector
 //   1. each warp sums its pieces. The first stays in registers, the others in their slots; the free slots are
 //      being filled already;
-//   2. the first warp folds these sums into its shares', and publishes them;
-//   3. three warps, one for each inner product, gather those of all shares, and the first makes the weights;
+//   2. three warps, one for each inner product, fold these sums into the block's shares' and publish them;
+//   3. they gather those of all shares, and the first makes the weights;
 //   4. each warp writes its results, and refills each slot as soon as it has been read.
 // Registers and slots hold two vectors of Wan 720p, so that what step 3 costs (a trip to L2 and back, an arc
 // tangent) passes while the copies of the next vector are under way. Pieces that do not fit are summed,
@@ -38,15 +38,15 @@ constexpr int kRingBytes = kWarps * kSlots * kSlotBytes;  // of the 227 KB that 
 [[maybe_unused]] constexpr int kRoundPieces = 8 * kWarps;
 // A team of one that has no more shares than this keeps their sums in shared memory.
 constexpr int kLocalShares = 32;
-// What a block owns of a vector is held to half of what its registers and slots hold where teams can be chosen:
-// the rest is for what comes next.
+// What a block owns of a vector is held to half of what its registers and slots hold where teams can be
+// chosen: the rest is for what comes next.
 constexpr int kOwnBytes = kWarps * (kSlots + 1) * kSlotBytes / 2;
 // No wait inside the kernel takes longer than the few µs of a pass; this long means that it will never end.
 [[maybe_unused]] constexpr uint64_t kPatienceNanoseconds = 20'000'000'000;
 
 // A float64 on its way between blocks: each half beside a tag, so that a reader sees in the same word what is
-// written and whether it is: no fence, no counter, no second read. The tag is the number of the team's vector,
-// from 1 on; memory is cleared before.
+// written and whether it is: no fence, no counter, no second read. The tag is the number of the team's
+// vector, from 1 on; memory is cleared before.
 struct alignas(16) Message {
   uint64_t low, high;
 };
@@ -78,17 +78,16 @@ class Patience {
   uint64_t start_ = 0;
 };
 
-__device__ __forceinline__ void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_init(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   Patience patience;
   while (true) {
     uint32_t done;
@@ -97,7 +96,7 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
+        : "r"(barrier), "r"(parity)
         : "memory");
     if (done) return;
     patience.spend();
@@ -105,12 +104,12 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 }
 
 // `bytes` (a multiple of 16) from global to shared memory, by the copy engine.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-      "[%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      "[%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -162,64 +161,77 @@ __device__ __forceinline__ double gather(const Message* messages, int shares, ui
   return fold_lanes(sum);
 }
 
+// Where vectors and their pieces are. `OneRun` is said at compile time: then all of it is linear, and what
+// every copy and result pays for it is two multiplications. There are fewer than 2^31 vectors as long as
+// these.
+template <typename T, bool OneRun>
+__device__ __forceinline__ int64_t stream_base(const Vectors& vectors, int vector) {
+  if constexpr (OneRun) {
+    return vector * vectors.length;
+  } else {
+    const int q = static_cast<int>(vectors.q), p = vector / q;
+    return (p * vectors.n * vectors.q + (vector - p * q)) * vectors.m;
+  }
+}
+
+template <typename T, bool OneRun>
+__device__ __forceinline__ Piece stream_piece(const Vectors& vectors, int index) {
+  if constexpr (OneRun) {
+    const int64_t start = index * static_cast<int64_t>(kPieceElements<T>);
+    return {start, start,
+            index + 1 == vectors.pieces ? static_cast<int>(vectors.length - start) : kPieceElements<T>};
+  } else {
+    return piece_of<T>(vectors, index);
+  }
+}
+
 // One warp's slots and the order in which they are filled. All lanes hold the same state; lane 0 starts the
 // copies.
 //
-// For every vector of the team the warp reads its pieces 0 … count−1, keeps the first `keep` of them (number 0
-// in registers) and reads the others a second time. That sequence, over all vectors, is run through as fast as
-// slots become free.
-template <typename T>
+// For every vector of the team the warp reads its pieces 0 … count−1, keeps the first `keep` of them (number
+// 0 in registers) and reads the others a second time. That sequence, over all vectors, is run through as fast
+// as slots become free.
+template <typename T, bool OneRun>
 class Ring {
  public:
   __device__ Ring(const Arguments& arguments, const Stream& stream, unsigned char* slots, uint64_t* barriers,
-                  int first_piece, int pieces, int64_t vector)
-      : arguments_(arguments), slots_(slots), barriers_(barriers), teams_(stream.teams), vector_(vector) {
+                  int first_piece, int pieces, int vector)
+      : arguments_(arguments),
+        slots_(slots),
+        barriers_(shared_address(barriers)),
+        teams_(stream.teams),
+        vector_(vector) {
     const int warp = threadIdx.x / 32;
     first_ = first_piece + warp;
     count = warp < pieces ? (pieces - 1 - warp) / kWarps + 1 : 0;
     keep = count <= kSlots + 1 ? count : kSlots;
     length_ = count + (count - keep);
+    if (count == 0) vector_ = static_cast<int>(arguments.vectors.count);  // nothing to do
     // What is read once may leave L2 at once; what is read again should find room there.
     if (pieces <= kWarps * (kSlots + 1)) {
       asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy_));
     } else {
       asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy_));
     }
-  }
-
-  // The number, in the vector, of this warp's piece x.
-  __device__ int piece(int x) const { return first_ + x * kWarps; }
-
-  // Start as many copies as there are free slots.
-  __device__ void fill() {
-    while (free_ != 0 && length_ != 0 && vector_ < arguments_.vectors.count) {
-      const int slot = __ffs(free_) - 1;
-      free_ &= ~(1u << slot);
-      if (threadIdx.x % 32 == 0) {
-        const Piece piece =
-            piece_of<T>(arguments_.vectors, this->piece(next_ < count ? next_ : keep + next_ - count));
-        const int64_t offset = arguments_.vectors.base(vector_) + piece.offset;
-        const uint32_t bytes = piece.elements * static_cast<uint32_t>(sizeof(T));
-        unsigned char* to = slots_ + slot * kSlotBytes;
-        barrier_expect(barriers_ + slot, 2 * bytes);
-        bulk_copy(to, static_cast<const T*>(arguments_.a) + offset, bytes, barriers_ + slot, policy_);
-        bulk_copy(to + kPieceBytes, static_cast<const T*>(arguments_.b) + offset, bytes, barriers_ + slot,
-                  policy_);
-      }
-      queue_ |= slot << (2 * queued_++);
-      if (++next_ == length_) {
-        next_ = 0;
-        vector_ += teams_;
-      }
+    if (threadIdx.x % 32 == 0) {
+      for (int slot = 0; slot < kSlots; ++slot) barrier_init(barriers_ + slot * sizeof(uint64_t));
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    __syncwarp();
+#pragma unroll 1
+    for (int slot = 0; slot < kSlots; ++slot) start(slot);
   }
+
+  // This warp's piece x, in the vector.
+  __device__ int number(int x) const { return first_ + x * kWarps; }
+  __device__ Piece piece(int x) const { return stream_piece<T, OneRun>(arguments_.vectors, number(x)); }
 
   // The slot of the next copy in the sequence, once it has landed.
   __device__ int take() {
     const int slot = queue_ & 3;
     queue_ >>= 2;
-    --queued_;
-    barrier_wait(barriers_ + slot, (parities_ >> slot) & 1);
+    queue_end_ -= 2;
+    barrier_wait(barriers_ + slot * sizeof(uint64_t), (parities_ >> slot) & 1);
     parities_ ^= 1u << slot;
     return slot;
   }
@@ -227,20 +239,18 @@ class Ring {
   // The warp is done with a slot: refill it.
   __device__ void release(int slot) {
     __syncwarp();  // every lane has read it
-    free_ |= 1u << slot;
-    fill();
+    start(slot);
   }
 
-  // A piece in its slot.
-  __device__ LanePacks read(int slot, const Piece& piece) const {
-    const uint4* const from = reinterpret_cast<const uint4*>(slots_ + slot * kSlotBytes);
-    const int count = piece.elements / kPack<T>;
-    LanePacks packs;
+  // What a slot holds.
+  __device__ LanePacks<> read(int slot, const Piece& piece) const {
+    const uint4* const from = reinterpret_cast<const uint4*>(slots_ + slot * kSlotBytes) + threadIdx.x % 32;
+    const int left = piece.elements / kPack<T> - static_cast<int>(threadIdx.x % 32);
+    LanePacks<> packs;
 #pragma unroll
     for (int j = 0; j < kLanePacks; ++j) {
-      const int i = threadIdx.x % 32 + 32 * j;
-      packs.a[j] = i < count ? from[i] : uint4{0, 0, 0, 0};
-      packs.b[j] = i < count ? from[i + kPiecePacks] : uint4{0, 0, 0, 0};
+      packs.a[j] = 32 * j < left ? from[32 * j] : uint4{0, 0, 0, 0};
+      packs.b[j] = 32 * j < left ? from[32 * j + kPiecePacks] : uint4{0, 0, 0, 0};
     }
     return packs;
   }
@@ -249,28 +259,45 @@ class Ring {
   int keep;   // how many of them stay until the weights are known
 
  private:
+  // The next copy of the sequence, into a free slot.
+  __device__ void start(int slot) {
+    const Vectors& vectors = arguments_.vectors;
+    if (vector_ >= vectors.count) return;
+    if (threadIdx.x % 32 == 0) {
+      const Piece next = piece(next_ < count ? next_ : keep + next_ - count);
+      const int64_t offset = stream_base<T, OneRun>(vectors, vector_) + next.offset;
+      const uint32_t bytes = next.elements * static_cast<uint32_t>(sizeof(T));
+      const uint32_t barrier = barriers_ + slot * sizeof(uint64_t);
+      const uint32_t to = shared_address(slots_) + slot * kSlotBytes;
+      barrier_expect(barrier, 2 * bytes);
+      bulk_copy(to, static_cast<const T*>(arguments_.a) + offset, bytes, barrier, policy_);
+      bulk_copy(to + kPieceBytes, static_cast<const T*>(arguments_.b) + offset, bytes, barrier, policy_);
+    }
+    queue_ |= slot << queue_end_;
+    queue_end_ += 2;
+    if (++next_ == length_) {
+      next_ = 0;
+      vector_ += teams_;
+    }
+  }
+
   const Arguments& arguments_;
-  unsigned char* slots_;
-  uint64_t* barriers_;
+  const unsigned char* slots_;
+  uint32_t barriers_;
   uint64_t policy_;
   int first_;
   int length_;  // copies a vector
   int teams_;
-  int64_t vector_;  // of the next copy
-  int next_ = 0;    // its place in the vector's sequence
-  unsigned free_ = (1u << kSlots) - 1, parities_ = 0;
+  int vector_;    // of the next copy
+  int next_ = 0;  // its place in the vector's sequence
+  unsigned parities_ = 0;
   unsigned queue_ = 0;  // slots of the copies under way, oldest first, two bits each
-  int queued_ = 0;
+  int queue_end_ = 0;
 };
-
-// A barrier of the first `threads` threads of the block. Number 0 is __syncthreads'.
-__device__ __forceinline__ void sync_first(int threads) {
-  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-}
 
 #endif
 
-template <typename T>
+template <typename T, bool OneRun>
 __global__ void __launch_bounds__(kThreads, 1)
     streamed_kernel(const __grid_constant__ Arguments arguments, const __grid_constant__ Stream stream) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -279,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_assert(kRoundPieces % P == 0);
   extern __shared__ __align__(128) unsigned char ring_bytes[];
   __shared__ uint64_t barriers[kWarps * kSlots];
-  __shared__ double piece_sums[kRoundPieces][3];
+  __shared__ double piece_sums[3][kRoundPieces];
   __shared__ double local_sums[3][kLocalShares];
   __shared__ double totals[3];
   __shared__ Mix<W> mixes[kMaxValues];
@@ -295,15 +322,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rounds = ceil_div(pieces, kRoundPieces);
   Message* const messages = stream.messages + static_cast<int64_t>(team) * 2 * 3 * vectors.shares;
 
-  Ring<T> ring(arguments, stream, ring_bytes + warp * kSlots * kSlotBytes, barriers + warp * kSlots,
-               first_piece, pieces, team);
-  if (lane == 0) {
-    for (int slot = 0; slot < kSlots; ++slot) barrier_init(barriers + warp * kSlots + slot);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncwarp();
-  ring.fill();
-
+  Ring<T, OneRun> ring(arguments, stream, ring_bytes + warp * kSlots * kSlotBytes, barriers + warp * kSlots,
+                       first_piece, pieces, team);
   if (!stream.local) {
     const int own = share_end - share_begin;
     for (int i = threadIdx.x; i < 2 * 3 * own; i += kThreads) {
@@ -313,21 +333,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   uint32_t tag = 0;
-  for (int64_t vector = team; vector < vectors.count; vector += stream.teams) {
+  for (int vector = team; vector < vectors.count; vector += stream.teams) {
     ++tag;
     Message* const exchange = messages + tag % 2 * 3 * vectors.shares;
     const int value = threadIdx.x;  // the first warp's lanes each see to one value of t
     const double t = value < arguments.values.count ? arguments.values.at(value, vector) : 0.0;
-    LanePacks held;     // piece 0
+    LanePacks<> held;   // piece 0
     unsigned kept = 0;  // slots of the other pieces that stay, two bits each
 
     // 1. Sums of the pieces, and 2. of the chunks and the shares.
-    int share = share_begin;
+    int share = share_begin, share_left = 0;  // chunks of it that are missing
     double share_sum = 0.0;
     for (int round = 0; round < rounds; ++round) {
       const int x_end = min(ring.count, (round + 1) * (kRoundPieces / kWarps));
       for (int x = round * (kRoundPieces / kWarps); x < x_end; ++x) {
-        const Piece piece = piece_of<T>(vectors, ring.piece(x));
+        const Piece piece = ring.piece(x);
         const int slot = ring.take();
         double folded;
         if (x == 0) {
@@ -344,33 +364,41 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         const int component = folded_component();
         if (component >= 0)
-          piece_sums[ring.piece(x) - first_piece - round * kRoundPieces][component] = folded;
+          piece_sums[component][ring.number(x) - first_piece - round * kRoundPieces] = folded;
       }
       __syncthreads();
-      if (warp == 0) {
+      if (warp < 3) {
+        double* const sums = piece_sums[warp];
         const int round_pieces = min(kRoundPieces, pieces - round * kRoundPieces);
         const int round_chunks = ceil_div(round_pieces, P);
-        for (int i = lane; i < 3 * round_chunks; i += 32) {
-          const int chunk = i / 3, component = i % 3;
-          const int end = min((chunk + 1) * P, round_pieces);
-          double sum = piece_sums[chunk * P][component];
-          for (int j = chunk * P + 1; j < end; ++j) sum += piece_sums[j][component];
-          piece_sums[chunk * P][component] = sum;
+#pragma unroll 1
+        for (int chunk = lane; chunk < round_chunks; chunk += 32) {
+          double sum = 0.0;
+#pragma unroll
+          for (int j = chunk * P; j < chunk * P + P; ++j) {
+            if (j < round_pieces) sum += sums[j];
+          }
+          sums[chunk * P] = sum;
         }
         __syncwarp();
-        if (lane < 3) {
-          const int begin = chunk_begin + round * (kRoundPieces / P);
-          int next = vectors.share_begin(share + 1);
-          for (int chunk = 0; chunk < round_chunks; ++chunk) {
-            share_sum += piece_sums[chunk * P][lane];
-            if (begin + chunk + 1 == next) {
-              if (stream.local) {
-                local_sums[lane][share] = share_sum;
-              } else {
-                send(exchange + lane * vectors.shares + share, share_sum, tag);
-              }
+        if (lane == 0) {
+          for (int chunk = 0; chunk < round_chunks;) {
+            if (share_left == 0) {
+              share_left = vectors.share_chunks + (share < vectors.longer_shares);
               share_sum = 0.0;
-              next = vectors.share_begin(++share + 1);
+            }
+            const int n = min(share_left, round_chunks - chunk);
+#pragma unroll 4
+            for (int j = 0; j < n; ++j) share_sum += sums[(chunk + j) * P];
+            chunk += n;
+            share_left -= n;
+            if (share_left == 0) {
+              if (stream.local) {
+                local_sums[warp][share] = share_sum;
+              } else {
+                send(exchange + warp * vectors.shares + share, share_sum, tag);
+              }
+              ++share;
             }
           }
         }
@@ -381,33 +409,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // 3. The vector's sums and its weights.
     if (warp < 3) {
-      if (!stream.local) {
-        const double total = gather(exchange + warp * vectors.shares, vectors.shares, tag);
-        if (lane == 0) totals[warp] = total;
-        sync_first(3 * 32);
-      } else if (warp == 0) {
-        LaneSums sums;
-        if (lane < vectors.shares) {
-          sums.aa = local_sums[0][lane];
-          sums.bb = local_sums[1][lane];
-          sums.ab = local_sums[2][lane];
-        }
-        const double folded = fold_warp(sums);
-        const int component = folded_component();
-        if (component >= 0) totals[component] = folded;
-        __syncwarp();
-      }
+      const double total = stream.local ? fold_lanes(lane < vectors.shares ? local_sums[warp][lane] : 0.0)
+                                        : gather(exchange + warp * vectors.shares, vectors.shares, tag);
+      if (lane == 0) totals[warp] = total;
+      asm volatile("bar.sync 1, 96;" ::: "memory");  // these three warps alone
       if (value < arguments.values.count) {
         const Sums sums{totals[0], totals[1], totals[2]};
-        mixes[value] = make_mix<W>(arguments.mode, sums, t, vectors.elements(), NoLast());
+        mixes[value] = make_mix<W>(arguments.mode, sums, t, vectors.length, NoLast());
       }
     }
     __syncthreads();
 
     // 4. The results: first what is here, then what has to be read again.
-    const int64_t base = vectors.base(vector);
+    const int64_t base = stream_base<T, OneRun>(vectors, vector);
     for (int x = 0; x < ring.count; ++x) {
-      const Piece piece = piece_of<T>(vectors, ring.piece(x));
+      const Piece piece = ring.piece(x);
       if (x > 0) {
         const int slot = x < ring.keep ? (kept >> (2 * x)) & 3 : ring.take();
         held = ring.read(slot, piece);
@@ -442,13 +458,19 @@ Stream plan(const Vectors& vectors, int multiprocessors, int own_chunks) {
   return best;
 }
 
-template <typename T>
-void allow_ring(int device) {
-  static std::array<std::atomic<bool>, kMaxDevices> allowed;
-  if (allowed[device].load(std::memory_order_acquire)) return;
-  check(cudaFuncSetAttribute(streamed_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes),
-        "shared memory of interpolate");
-  allowed[device].store(true, std::memory_order_release);
+template <typename T, bool OneRun>
+void launch(const Target& target, const Arguments& arguments, const Stream& stream) {
+  static std::array<std::atomic<bool>, kMaxDevices> allowed;  // to have as much shared memory
+  if (!allowed[target.index].load(std::memory_order_acquire)) {
+    check(cudaFuncSetAttribute(streamed_kernel<T, OneRun>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               kRingBytes),
+          "shared memory of interpolate");
+    allowed[target.index].store(true, std::memory_order_release);
+  }
+  void* parameters[] = {const_cast<Arguments*>(&arguments), const_cast<Stream*>(&stream)};
+  check(cudaLaunchCooperativeKernel(streamed_kernel<T, OneRun>, dim3(stream.teams * stream.team_size),
+                                    dim3(kThreads), parameters, kRingBytes, target.stream),
+        "interpolate");
 }
 
 }  // namespace
@@ -460,11 +482,11 @@ void interpolate_streamed(const Target& target, const Arguments& arguments) {
   const int64_t messages = stream.local ? 0 : static_cast<int64_t>(stream.teams) * 2 * 3 * vectors.shares;
   const Workspace workspace(target, messages * static_cast<int64_t>(sizeof(Message)));
   stream.messages = static_cast<Message*>(workspace.data());
-  allow_ring<T>(target.index);
-  void* parameters[] = {const_cast<Arguments*>(&arguments), &stream};
-  check(cudaLaunchCooperativeKernel(streamed_kernel<T>, dim3(stream.teams * stream.team_size), dim3(kThreads),
-                                    parameters, kRingBytes, target.stream),
-        "interpolate");
+  if (vectors.n == 1) {
+    launch<T, true>(target, arguments, stream);
+  } else {
+    launch<T, false>(target, arguments, stream);
+  }
 }
 
 template void interpolate_streamed<float>(const Target&, const Arguments&);

@@ -10,8 +10,8 @@ namespace latentfast::cuda::temporal {
 namespace {
 
 template <auto kKernel>
-void launch_temporal(TemporalParams& p, int vec, const Target& target) {
-  const int64_t items = p.batch * p.rows * (p.granules / vec);
+void launch_temporal(TemporalParams& p, int vec, int rows, const Target& target) {
+  const int64_t items = p.batch * (p.rows / rows) * (p.granules / vec);
   const int64_t most = resident_blocks<kKernel, kThreads>(target), each = target.device.multiprocessors;
   const int64_t blocks =
       std::clamp<int64_t>(std::max(ceil_div<int64_t>(items, kWarps), std::min(items, each)), 1, most);
@@ -19,14 +19,24 @@ void launch_temporal(TemporalParams& p, int vec, const Target& target) {
   launch_together<kKernel, kThreads>(p, blocks, target, "temporal_loss");
 }
 
+template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond>
+void launch_rows(TemporalParams& p, const Target& target) {
+  constexpr int R = kMask ? kRows<T, kGrad, kSecond> : 1;
+  const int last = p.row_dims.dims - 1;
+  if (R > 1 && p.row_dims.stride[1][last] == 0 && p.row_dims.size[last] % R == 0) {
+    return launch_temporal<temporal_kernel<T, M, V, R, kMask, kGrad, kSecond>>(p, V, R, target);
+  }
+  launch_temporal<temporal_kernel<T, M, V, 1, kMask, kGrad, kSecond>>(p, V, 1, target);
+}
+
 template <typename T, typename M, int V, bool kMask>
 void launch_columns(TemporalParams& p, const Target& target) {
   if (p.second != 0) {
-    if (p.grad != nullptr) return launch_temporal<temporal_kernel<T, M, V, kMask, true, true>>(p, V, target);
-    return launch_temporal<temporal_kernel<T, M, V, kMask, false, true>>(p, V, target);
+    if (p.grad != nullptr) return launch_rows<T, M, V, kMask, true, true>(p, target);
+    return launch_rows<T, M, V, kMask, false, true>(p, target);
   }
-  if (p.grad != nullptr) return launch_temporal<temporal_kernel<T, M, V, kMask, true, false>>(p, V, target);
-  launch_temporal<temporal_kernel<T, M, V, kMask, false, false>>(p, V, target);
+  if (p.grad != nullptr) return launch_rows<T, M, V, kMask, true, false>(p, target);
+  launch_rows<T, M, V, kMask, false, false>(p, target);
 }
 
 template <typename T>
@@ -39,8 +49,9 @@ void dispatch_columns(TemporalParams& p, const OptionalView& mask, const Target&
       return dispatch_mask<T>(mask, [&]<typename M>() { launch_columns<T, M, V, true>(p, target); });
     }
   }
-  if (p.grad != nullptr) return launch_temporal<temporal_kernel<T, T, 1, true, true, true>>(p, 1, target);
-  launch_temporal<temporal_kernel<T, T, 1, true, false, true>>(p, 1, target);
+  if (p.grad != nullptr)
+    return launch_temporal<temporal_kernel<T, T, 1, 1, true, true, true>>(p, 1, 1, target);
+  launch_temporal<temporal_kernel<T, T, 1, 1, true, false, true>>(p, 1, 1, target);
 }
 
 // The dimensions around the frames: all but the innermost run of positions are rows.
@@ -68,6 +79,7 @@ void split_dims(TemporalParams& p, Shape shape, Shape mask, int frame_dim) {
   };
   for (int d = 0; d < before.dims; ++d) add(before, d);
   for (int d = 0; d < last; ++d) add(after, d);
+  p.row_stride = p.row_dims.stride[0][p.row_dims.dims - 1];
 }
 
 }  // namespace
@@ -119,7 +131,8 @@ void latentfast::temporal_loss(const View& z, const OptionalView& ref, const Opt
 
   const Target target(z);
   const int64_t loss_count = batch * p.rows * p.granules;
-  const int64_t weight_count = !mask ? 0 : p.mask_batch * (grad ? kSlices : p.mask_rows * p.granules);
+  const int64_t weight_slices = Slices(p.mask_rows * (p.granules / kUnitGranules)).used;
+  const int64_t weight_count = !mask ? 0 : p.mask_batch * (grad ? weight_slices : p.mask_rows * p.granules);
   const Workspace workspace(target, (loss_count + weight_count) * static_cast<int64_t>(sizeof(double2)));
   p.loss_sums = static_cast<double2*>(workspace.data());
   p.weight_sums = p.loss_sums + loss_count;

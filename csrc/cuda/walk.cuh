@@ -22,11 +22,12 @@ struct Walk {
   int64_t repeat_stride[N];
   int64_t
       repeat_step;  // how far a repeat moves along the row: 0 unless the repeats are pieces of the row itself
-  int64_t rows;     // outer rows
+  int64_t rows;     // outer rows, in groups of `group`
   Joined<N> outer;
-  uint32_t chunk;   // repeats a thread
-  uint32_t chunks;  // blocks that share a tile of rows
-  uint32_t tiles;   // tiles along the row
+  int64_t group_stride[N];  // from one row of a group to the next
+  uint32_t chunk;           // repeats a thread
+  uint32_t chunks;          // blocks that share a tile of rows
+  uint32_t tiles;           // tiles along the row
 };
 
 template <int N>
@@ -66,10 +67,11 @@ constexpr int kWalkThreads = 256;
 
 // Split `joined` for vectors of `vec` elements. `repeat_dim`: the dimension to repeat over, -1 for pieces of
 // the row; `shared_rows`: let a block take several outer rows at the same positions; `chunk`: the most
-// repeats a thread should make.
+// repeats a thread should make; `group`: how many neighbours along the last outer dimension a thread takes,
+// 1 or a divisor of its size.
 template <int N>
 Walk<N> make_walk(const Joined<N>& joined, int repeat_dim, int vec, bool shared_rows, uint32_t chunk,
-                  const Device& device, dim3& grid, dim3& block) {
+                  const Device& device, dim3& grid, dim3& block, int group = 1) {
   Walk<N> walk{};
   const int last = joined.dims - 1;
   walk.inner = joined.size[last];
@@ -80,6 +82,15 @@ Walk<N> make_walk(const Joined<N>& joined, int repeat_dim, int vec, bool shared_
     walk.outer.size[slot] = joined.size[d];
     for (int k = 0; k < N; ++k) walk.outer.stride[k][slot] = joined.stride[k][d];
     walk.rows *= joined.size[d];
+  }
+  if (group > 1) {
+    const int neighbours = walk.outer.dims - 1;
+    walk.rows /= group;
+    walk.outer.size[neighbours] /= group;
+    for (int k = 0; k < N; ++k) {
+      walk.group_stride[k] = walk.outer.stride[k][neighbours];
+      walk.outer.stride[k][neighbours] *= group;
+    }
   }
   const int64_t vectors = ceil_div<int64_t>(walk.inner, vec);
   uint32_t rows = shared_rows ? static_cast<uint32_t>(std::min<int64_t>(8, walk.rows)) : 1;
@@ -103,7 +114,7 @@ Walk<N> make_walk(const Joined<N>& joined, int repeat_dim, int vec, bool shared_
   const int64_t row_tiles = ceil_div<int64_t>(walk.rows, rows);
   const auto blocks = [&](uint32_t c) { return row_tiles * walk.tiles * ceil_div<int64_t>(walk.repeats, c); };
   // small tensors: rather more blocks, so that every multiprocessor has some
-  while (chunk > 1 && blocks(chunk) < 4 * device.multiprocessors) chunk /= 2;
+  while (chunk > 1 && blocks(chunk) < 3 * device.multiprocessors) chunk /= 2;
   walk.chunk = chunk;
   walk.chunks = static_cast<uint32_t>(ceil_div<int64_t>(walk.repeats, chunk));
   STD_TORCH_CHECK(blocks(chunk) <= INT32_MAX, "a tensor of ", joined.numel(),

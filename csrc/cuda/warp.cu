@@ -2,16 +2,18 @@
 // the mask, and 0 where the flow leaves the frame; beside it its gradient in z. The specification is
 // latentfast/reference/temporal.py.
 //
-// One cooperative launch. A thread takes a source pixel (t, y, x), works out its four taps once and goes
-// through the channels; 256 pixels of a sample make one partial sum in double, and those are added in a fixed
-// order by one block a sample.
+// Two launches. The first, cooperative, makes the losses: a thread takes a source pixel (t, y, x), works out
+// its four taps once and goes through the channels; 256 pixels of a sample make one partial sum in double,
+// and those are added in a fixed order by one block a sample.
 //
-// The gradient goes back to the taps, where pixels meet: a scatter. Floating-point atomics would add in the
-// order of arrival, so the contributions are added as 64-bit integers, whose sum knows no order. Their unit
-// is a power of two for each sample, from the largest |w d| found in the first phase: the largest sum that
-// H·W contributions could make still fits, and with 14,400 pixels a frame a contribution keeps 48 bits below
-// the largest. A sample whose gradient is not finite gets NaN throughout. Phases: partial sums (and zeros for
-// the scatter) | losses and units | scatter | conversion.
+// The gradient goes back to the taps, where pixels meet: a scatter. A block owns a frame of one channel (or a
+// band of it) and goes through the pixels of the frame before, whose taps lie there, adding in shared memory;
+// then it adds each pixel's own share. Every difference is computed twice for that, which costs less than
+// atomics in global memory. Floating-point atomics would add in the order of arrival, so the contributions
+// are added as 64-bit integers, whose sum knows no order. Their unit is a power of two for each sample, from
+// the largest |w d| found by the first kernel: the largest sum that H·W contributions could make still fits,
+// and with 14,400 pixels a frame a contribution keeps 48 bits below the largest. A sample whose gradient is
+// not finite gets NaN throughout.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -35,13 +37,13 @@ struct WarpParams {
   const void* mask;  // or null
   void* grad;        // or null
   void* loss;
-  Part* parts;                    // (batch, chunks)
-  Part* totals;                   // (batch)
-  unsigned long long* scattered;  // like z: the gradient in units of 2^-shift
-  int64_t batch, channels, pairs, height, width;
+  Part* parts;   // (batch, chunks)
+  Part* totals;  // (batch)
+  int64_t batch, channels, frames, pairs, height, width;
   int64_t sample_stride, channel_stride, frame_stride;
   int64_t mask_strides[5];  // sample, channel, frame, y, x
-  int64_t chunks, elements;
+  int64_t chunks;
+  int64_t bands, band;  // a frame's bands, and the pixels of one
   double grad_scale;
   bool flow_is_float, mask_is_float, loss_is_double;
 };
@@ -68,6 +70,11 @@ __device__ Part block_total(Part part, Part* shared) {
   return part;
 }
 
+// Division in 32 bits, where that does, is several times as fast.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  return (a | b) <= UINT32_MAX ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
 // A source pixel: where it and its taps lie, and the taps' fractions.
 template <typename C>
 struct Pixel {
@@ -78,11 +85,11 @@ struct Pixel {
 };
 
 template <typename T>
-__device__ Pixel<Wide<T>> pixel_of(const WarpParams& p, int64_t sample, int64_t index) {
+__device__ __forceinline__ Pixel<Wide<T>> pixel_of(const WarpParams& p, int64_t sample, int64_t t,
+                                                   int64_t at) {
   using C = Wide<T>;
   const int64_t area = p.height * p.width;
-  const int64_t t = index / area, at = index - t * area;
-  const int64_t y = at / p.width, x = at - y * p.width;
+  const int64_t y = quotient(at, p.width), x = at - y * p.width;
   const int64_t flow = (sample * 2 * p.pairs + t) * area + at;
   const C xs = static_cast<C>(x) + element_of<T>(p.flow, p.flow_is_float, flow);
   const C ys = static_cast<C>(y) + element_of<T>(p.flow, p.flow_is_float, flow + p.pairs * area);
@@ -150,8 +157,13 @@ __device__ Unit unit_of(const WarpParams& p, int64_t sample) {
   return unit;
 }
 
-__device__ __forceinline__ void scatter(unsigned long long* to, double gradient, int shift) {
-  atomicAdd(to, static_cast<unsigned long long>(__double2ll_rn(ldexp(gradient, shift))));
+// What a pixel's difference in one channel sends back, in integer units.
+template <typename T>
+__device__ __forceinline__ double slope_of(const WarpParams& p, const Pixel<Wide<T>>& pixel, int64_t channel,
+                                           const Unit& unit) {
+  Wide<T> w, d;
+  difference<T>(p, pixel, channel, w, d);
+  return ldexp(unit.factor * static_cast<double>(w * d), unit.shift);
 }
 
 template <typename T>
@@ -159,18 +171,14 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const __grid_constant__ 
   using C = Wide<T>;
   __shared__ Part shared[kWarps];
   const auto grid = cooperative_groups::this_grid();
-  const int64_t pixels = p.pairs * p.height * p.width;
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t threads = gridDim.x * static_cast<int64_t>(kThreads);
+  const int64_t area = p.height * p.width, pixels = p.pairs * area;
 
-  if (p.grad != nullptr) {
-    for (int64_t i = thread; i < p.elements; i += threads) p.scattered[i] = 0;
-  }
   for (int64_t item = blockIdx.x; item < p.batch * p.chunks; item += gridDim.x) {
     const int64_t sample = item / p.chunks, index = (item - sample * p.chunks) * kThreads + threadIdx.x;
     Part part = {0.0, 0.0, 0.0};
     if (index < pixels) {
-      const Pixel<C> pixel = pixel_of<T>(p, sample, index);
+      const int64_t t = quotient(index, area);
+      const Pixel<C> pixel = pixel_of<T>(p, sample, t, index - t * area);
       for (int64_t c = 0; pixel.inside && c < p.channels; ++c) {
         C w, d;
         difference<T>(p, pixel, c, w, d);
@@ -201,37 +209,82 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const __grid_constant__ 
       }
     }
   }
-  if (p.grad == nullptr) return;
-  grid.sync();
+}
 
-  for (int64_t item = blockIdx.x; item < p.batch * p.chunks; item += gridDim.x) {
-    const int64_t sample = item / p.chunks, index = (item - sample * p.chunks) * kThreads + threadIdx.x;
-    const Unit unit = unit_of(p, sample);
-    if (index >= pixels || unit.factor == 0 || !unit.finite) continue;
-    const Pixel<C> pixel = pixel_of<T>(p, sample, index);
-    for (int64_t c = 0; pixel.inside && c < p.channels; ++c) {
-      C w, d;
-      difference<T>(p, pixel, c, w, d);
-      if (w == 0) continue;
-      const double slope = unit.factor * static_cast<double>(w * d);
+constexpr int kPlaneThreads = 512;
+
+// A sum of 64 bits in two words a plane apart, whose banks neighbouring pixels do not share: shared memory
+// adds words at once, but 64 bits by trying again and again.
+__device__ __forceinline__ void add_wide(uint32_t* low, uint32_t* high, double contribution) {
+  const int64_t bits = __double2ll_rn(contribution);
+  const uint32_t addend = static_cast<uint32_t>(bits);
+  const uint32_t carry = atomicAdd(low, addend) > ~addend ? 1 : 0;
+  const uint32_t rest = static_cast<uint32_t>(bits >> 32) + carry;
+  if (rest != 0) atomicAdd(high, rest);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPlaneThreads, 2)
+    warp_gradient_kernel(const __grid_constant__ WarpParams p) {
+  using C = Wide<T>;
+  extern __shared__ uint32_t plane[];
+  uint32_t *const low = plane, *const high = plane + p.band;
+  int64_t item = blockIdx.x;  // (sample, frame, channel, band)
+  const auto next = [&item](int64_t size) {
+    const int64_t rest = quotient(item, size), index = item - rest * size;
+    item = rest;
+    return index;
+  };
+  const int64_t begin = next(p.bands) * p.band, channel = next(p.channels), t = next(p.frames), sample = item;
+  const int64_t area = p.height * p.width, end = min(begin + p.band, area);
+  const Unit unit = unit_of(p, sample);
+  const bool moves = unit.finite && unit.factor != 0;
+
+  for (int64_t i = threadIdx.x; i < 2 * p.band; i += kPlaneThreads) plane[i] = 0;
+  __syncthreads();
+  if (t > 0 && moves) {
+    for (int64_t at = threadIdx.x; at < area; at += kPlaneThreads) {
+      const Pixel<C> pixel = pixel_of<T>(p, sample, t - 1, at);
+      if (!pixel.inside) continue;
+      if (pixel.tap[0] >= end || pixel.tap[3] < begin) continue;
+      const double slope = slope_of<T>(p, pixel, channel, unit);
+      if (slope == 0) continue;
       const double fx = pixel.fx, fy = pixel.fy;
-      unsigned long long* const here = p.scattered + pixel.place + c * p.channel_stride;
-      unsigned long long* const next = here + p.frame_stride - pixel.at;
-      scatter(here, -slope, unit.shift);
-      scatter(next + pixel.tap[0], slope * (1 - fx) * (1 - fy), unit.shift);
-      scatter(next + pixel.tap[1], slope * fx * (1 - fy), unit.shift);
-      scatter(next + pixel.tap[2], slope * (1 - fx) * fy, unit.shift);
-      scatter(next + pixel.tap[3], slope * fx * fy, unit.shift);
+      const double share[4] = {(1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t to = pixel.tap[i] - begin;
+        if (to >= 0 && pixel.tap[i] < end) add_wide(low + to, high + to, slope * share[i]);
+      }
     }
   }
-  grid.sync();
-
-  for (int64_t i = thread; i < p.elements; i += threads) {
-    const Unit unit = unit_of(p, i / p.sample_stride);
-    const double sum = static_cast<double>(static_cast<long long>(__ldcg(p.scattered + i)));
-    const double gradient = unit.finite ? ldexp(sum, -unit.shift) : nan("");
-    static_cast<T*>(p.grad)[i] = narrow<T>(static_cast<C>(gradient));
+  __syncthreads();
+  T* const out =
+      static_cast<T*>(p.grad) + sample * p.sample_stride + t * p.frame_stride + channel * p.channel_stride;
+  for (int64_t at = begin + threadIdx.x; at < end; at += kPlaneThreads) {
+    int64_t sum = static_cast<int64_t>(static_cast<uint64_t>(high[at - begin]) << 32 | low[at - begin]);
+    if (t < p.pairs && moves) {
+      const Pixel<C> pixel = pixel_of<T>(p, sample, t, at);
+      if (pixel.inside) sum -= __double2ll_rn(slope_of<T>(p, pixel, channel, unit));
+    }
+    const double gradient = unit.finite ? ldexp(static_cast<double>(sum), -unit.shift) : nan("");
+    out[at] = narrow<T>(static_cast<C>(gradient));
   }
+}
+
+// Bytes of shared memory that a block may have. Asked for once a device.
+template <typename T>
+int64_t shared_bytes(const Target& target) {
+  static std::array<std::atomic<int>, kMaxDevices> known;
+  int bytes = known[target.index].load(std::memory_order_relaxed);
+  if (bytes == 0) {
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, target.index),
+          "cudaDeviceGetAttribute");
+    check(cudaFuncSetAttribute(warp_gradient_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "cudaFuncSetAttribute");
+    known[target.index].store(bytes, std::memory_order_relaxed);
+  }
+  return bytes;
 }
 
 void warp_loss(Tensor z, Tensor flow, OptionalTensor mask, double grad_scale, int64_t frame_dim, Tensor loss,
@@ -259,10 +312,11 @@ void warp_loss(Tensor z, Tensor flow, OptionalTensor mask, double grad_scale, in
   p.channels = shape.sizes[channel];
   p.height = shape.sizes[3];
   p.width = shape.sizes[4];
-  p.elements = z.numel();
-  p.pairs = p.elements == 0 ? 0 : std::max<int64_t>(shape.sizes[frame] - 1, 0);
+  p.frames = shape.sizes[frame];
+  const int64_t elements = z.numel();
+  p.pairs = elements == 0 ? 0 : std::max<int64_t>(p.frames - 1, 0);
   const int64_t area = p.height * p.width;
-  p.sample_stride = p.elements / p.batch;
+  p.sample_stride = elements / p.batch;
   p.channel_stride = channel == 2 ? area : shape.sizes[2] * area;
   p.frame_stride = frame == 2 ? area : shape.sizes[2] * area;
   if (mask) {
@@ -277,16 +331,22 @@ void warp_loss(Tensor z, Tensor flow, OptionalTensor mask, double grad_scale, in
   p.loss_is_double = loss.scalar_type() == ScalarType::Double;
 
   const Target target(z);
-  const int64_t parts = p.batch * (p.chunks + 1) * static_cast<int64_t>(sizeof(Part));
-  const Workspace workspace(target, parts + (grad ? p.elements * 8 : 0));
+  const Workspace workspace(target, p.batch * (p.chunks + 1) * static_cast<int64_t>(sizeof(Part)));
   p.parts = static_cast<Part*>(workspace.data());
   p.totals = p.parts + p.batch * p.chunks;
-  p.scattered = reinterpret_cast<unsigned long long*>(p.totals + p.batch);
   dispatch_floating(z.scalar_type(), "warp_loss", [&]<typename T>() {
-    const int64_t wanted =
-        std::max(p.batch * std::max<int64_t>(p.chunks, 1), ceil_div<int64_t>(p.elements, 4 * kThreads));
-    const int64_t blocks = std::min(wanted, resident_blocks<warp_kernel<T>, kThreads>(target));
+    const int64_t blocks =
+        std::min(p.batch * std::max<int64_t>(p.chunks, 1), resident_blocks<warp_kernel<T>, kThreads>(target));
     launch_together<warp_kernel<T>, kThreads>(p, blocks, target, "warp_loss");
+    if (!grad || elements == 0) return;
+    constexpr int64_t kSum = sizeof(int64_t);
+    p.bands = ceil_div(area * kSum, shared_bytes<T>(target));
+    p.band = ceil_div(area, p.bands);
+    const int64_t planes = p.batch * p.frames * p.channels * p.bands;
+    STD_TORCH_CHECK(planes <= INT32_MAX, "warp_loss: a tensor of ", elements, " elements is too large");
+    warp_gradient_kernel<T>
+        <<<static_cast<uint32_t>(planes), kPlaneThreads, p.band * kSum, target.stream>>>(p);
+    check_launch("warp_loss");
   });
 }
 

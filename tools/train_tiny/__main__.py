@@ -4,18 +4,26 @@
 
 Each stage is also a command of its own and reads what the stages before it left in ``--out``:
 vae -> judge -> transformer -> export -> evaluate -> cpu -> card -> install.
+
+Several GPUs of one machine share the transformer's training and the evaluation:
+
+    torchrun --nproc-per-node 4 -m tools.train_tiny all --out out/tiny
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from tools.train_tiny.common import NO_GRAPHS, Budget, Log, prepare
+from tools.train_tiny.train_transformer import Recipe
+from tools.train_tiny.world import World
 
+SHARED = ("transformer", "evaluate")  # stages that all processes work on; the first one does the others
 STAGES = ("vae", "judge", "transformer", "export", "evaluate", "cpu", "card", "install")
 
 
@@ -36,13 +44,17 @@ def parse() -> argparse.Namespace:
     p.add_argument("--judge-steps", type=int, default=0)
     p.add_argument("--steps", type=int, default=0)
     p.add_argument("--scheduler", choices=("euler", "unipc"), default="euler", help="that the pipeline is shipped with")
-    p.add_argument("--start", type=Path, help="a transformer.pt to go on from instead of random weights")
+    p.add_argument("--start", type=Path, help="a transformer.pt or a pipeline's folder to go on from")
     p.add_argument("--no-compile", action="store_true", help="train the transformer without torch.compile")
     p.add_argument(NO_GRAPHS, action="store_true", help="run every training step eagerly, without CUDA graphs")
     p.add_argument("--no-sweep", action="store_true", help="measure the recommended settings only")
     p.add_argument(
         "--smoke", action="store_true", help="tiny sizes and a few steps: runs every stage on a CPU in two minutes"
     )
+    recipe = p.add_argument_group("the transformer's recipe")
+    for f in fields(Recipe):
+        option = "--" + f.name.replace("_", "-")
+        recipe.add_argument(option, type=type(f.default), default=f.default, help=f.metadata["help"] + " (%(default)s)")
     return p.parse_args()
 
 
@@ -51,8 +63,9 @@ def main() -> None:
     if args.smoke:
         args.vae_steps, args.judge_steps, args.steps = 12, 12, 22
     prepare(args.seed, args.device)
-    log = Log(args.out)
-    log(f"train_tiny {args.stage}: torch {torch.__version__}, {args.device}, seed {args.seed}")
+    args.world = World.join(args.device)
+    log = Log(args.out, args.world.rank)
+    log(f"train_tiny {args.stage}: torch {torch.__version__}, {args.world.size} x {args.device}, seed {args.seed}")
     stages = STAGES[:5] if args.stage == "all" else (args.stage,)
     made = {"vae": "vae.pt", "judge": "judge.safetensors"}
     for stage in stages:
@@ -60,7 +73,10 @@ def main() -> None:
             log(f"{stage}: {made[stage]} is there already")
             continue
         torch.manual_seed(args.seed)
-        RUN[stage](args, log)
+        if args.world.rank == 0 or stage in SHARED:
+            RUN[stage](args, log)
+        args.world.wait()
+    args.world.leave()
 
 
 def run_vae(args: argparse.Namespace, log: Log) -> None:
@@ -84,6 +100,8 @@ def run_transformer(args: argparse.Namespace, log: Log) -> None:
         Budget(args.seconds, args.steps),
         log,
         args.device,
+        recipe=Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)}),
+        world=args.world,
         seed=args.seed,
         start=args.start,
         compile_blocks=not args.no_compile,
@@ -113,7 +131,9 @@ def run_evaluate(args: argparse.Namespace, log: Log) -> None:
     net = JudgeNet()
     net.load_state_dict({k: v.float() for k, v in load_file(str(args.out / "weights" / "judge.safetensors")).items()})
     judge = Judge(net, args.device)
-    evaluate.evaluate(args.out / "weights", judge, log, args.device, sweep=not args.no_sweep, smoke=args.smoke)
+    evaluate.evaluate(
+        args.out / "weights", judge, log, args.device, args.world, sweep=not args.no_sweep, smoke=args.smoke
+    )
 
 
 def run_cpu(args: argparse.Namespace, log: Log) -> None:

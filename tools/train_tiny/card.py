@@ -34,15 +34,15 @@ words left out (`latentfast.tiny.caption`). Vocabulary: {words} words; others ar
 | autoencoder | {vae_steps} | {psnr:.2f} dB, see below |
 | judge | {judge_steps} | see below |
 | text encoder and transformer | {steps}, {seconds:.0f} s | loss {loss:.4f} |
-
+{more}
 Repeat it: `python -m tools.train_tiny all` (by time, seed 0), or with `--vae-steps {vae_steps}
 --judge-steps {judge_steps} --steps {steps}` for the same schedule on a slower or faster device.
-
+{again}
 ## What was measured
 
 On {device}, torch {torch}, by `python -m tools.train_tiny evaluate`: diffusers' own pipeline, float16 weights,
-float32 arithmetic, `RECOMMENDED` settings ({settings}), scenes and prompts
-from seeds that training does not use. A factor of a clip with two shapes is right if it is right for both.
+float32 arithmetic, {settings}, scenes and prompts
+from seeds that training does not use. {shipped}A factor of a clip with two shapes is right if it is right for both.
 
 Reconstruction of {clips} held-out clips: **{psnr:.2f} dB** PSNR (of the mean error), the worst clip {worst:.2f} dB.
 
@@ -90,9 +90,24 @@ def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> str:
 def write(folder: Path) -> str:
     """The card's text, from ``training.json``, ``metrics.json`` and the sizes of the weights in ``folder``."""
     from latentfast.tiny.caption import VOCABULARY
+    from latentfast.tiny.pipeline import recommended
 
     training = json.loads((folder / "training.json").read_text())
     metrics = json.loads((folder / "metrics.json").read_text())
+    measured, advised = metrics["recommended"], recommended(folder / "weights")
+    shipped = "These are the `RECOMMENDED` settings. "
+    if measured != advised:
+        other = ", ".join(f"{k}={v}" for k, v in advised.items() if measured.get(k) != v)
+        shipped = f"**`RECOMMENDED` has {other}** instead, chosen on the validation prompts below. "
+    more = again = ""
+    if "continuation" in training:
+        c = training["continuation"]
+        more = f"| the same, continued | {c['steps']} of batch {c['batch']}, {c['seconds']:.0f} s "
+        more += f"on {c['devices']} GPUs | loss {c['loss']:.4f} |\n"
+        options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in c["recipe"].items())
+        again = f"Then, by `torchrun --nproc-per-node {c['devices']}`: `transformer --start out/tiny/weights "
+        again += f"--steps {c['steps']} {options}`, where most scenes have two shapes and an auxiliary loss\n"
+        again += "teaches the text encoder which words belong together (`tools/train_tiny/binding.py`).\n"
     size = sum(p.stat().st_size for p in (folder / "weights").rglob("*") if p.is_file())
     columns = (*FACTORS, "binding", "all")
     rows = {
@@ -129,7 +144,10 @@ def write(folder: Path) -> str:
         loss=training["transformer"]["loss"],
         device=metrics["measured_on"]["device"],
         torch=metrics["measured_on"]["torch"],
-        settings=", ".join(f"{k}={v}" for k, v in metrics["recommended"].items()),
+        settings=", ".join(f"{k}={v}" for k, v in measured.items()),
+        shipped=shipped,
+        more=more,
+        again=again,
         clips=metrics["reconstruction"]["clips"],
         psnr=metrics["reconstruction"]["psnr_db"],
         worst=metrics["reconstruction"]["worst_clip_db"],

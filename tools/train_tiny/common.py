@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 NO_GRAPHS = "--no-graphs"
@@ -19,21 +20,26 @@ NO_GRAPHS = "--no-graphs"
 
 class Log:
     """Writes each line to stdout and to ``<folder>/train.log``, with the seconds since the start; collects
-    results as JSON.
+    results as JSON. Of several processes only the first one writes files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.start = folder, time.time()
+        self.folder, self.start, self.rank = folder, time.time(), rank
 
     def __call__(self, *words: object) -> None:
         line = f"[{time.time() - self.start:6.1f}s] " + " ".join(str(w) for w in words)
+        if self.rank:
+            print(f"rank {self.rank} {line}", flush=True)
+            return
         print(line, flush=True)
         with open(self.folder / "train.log", "a") as f:
             f.write(line + "\n")
 
     def record(self, stage: str, **values: object) -> None:
         """Adds measured values to ``<folder>/training.json``, from which the model card is written."""
+        if self.rank:
+            return
         path = self.folder / "training.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         known.setdefault(stage, {}).update(values)
@@ -168,7 +174,8 @@ def captured(step: Callable[[], Tensor], log: Log, device: str, warm: int = 3) -
     switched off.
 
     A failed capture leaves the device's random generator unusable, so the program then starts itself again
-    without graphs; stages that are done are not repeated.
+    without graphs; stages that are done are not repeated. One of several processes cannot start again alone: it
+    raises.
     """
     if not device.startswith("cuda") or NO_GRAPHS in sys.argv:
         return step
@@ -180,9 +187,12 @@ def captured(step: Callable[[], Tensor], log: Log, device: str, warm: int = 3) -
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        # Threads of the communication library ask for events meanwhile, which the default mode forbids.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local" if dist.is_initialized() else "global"):
             result = step()
     except Exception as e:  # whatever the reason: a slower run is better than none
+        if dist.is_initialized():
+            raise
         log(f"NOT CAPTURED ({repr(e)[:600]}): starting again with {NO_GRAPHS}")
         os.execv(sys.executable, [*sys.orig_argv, NO_GRAPHS])
 

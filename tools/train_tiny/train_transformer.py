@@ -8,30 +8,52 @@ and that number is drawn at random, 512 half of the time.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
 from latentfast.tiny import scene
 from latentfast.tiny.caption import END, MAX_TOKENS, PAD, VOCABULARY, caption, make_tokenizer
+from tools.train_tiny.binding import Binding
 from tools.train_tiny.common import Budget, Log, MuonAdamW, Snapshot, amp, captured, millions, synchronize
 from tools.train_tiny.models import FLOW_SHIFT, make_text_encoder, make_transformer
 from tools.train_tiny.train_vae import encode_pool
+from tools.train_tiny.world import GradientMean, World
 
-RATE, MUON_RATE, WARMUP, DECAY, EMA = 1e-3, 3.0, 150, 0.01, 0.999
-HOLD = 0.3  # of the budget at the full rate, then a cosine to zero
-BATCH, TWO_SHAPES, EMPTY_PROMPT = 64, 0.6, 0.1
+MUON_RATE, DECAY, EMA = 3.0, 0.01, 0.999
+BATCH, EMPTY_PROMPT = 64, 0.1
+TEXT_BATCH, TEXT_RATE, TEXT_ANCHOR = 256, 1e-3, 0.1
 CAPTIONS = 2  # wordings of each scene
 KEYS, LONGEST = 48, 512  # keys of the cross-attention while training; the largest padded length they stand for
 REFRESH, REFRESH_EVERY = 64, 25  # clips drawn anew, and the steps between
-CHECK_EVERY = 20
+CHECK_EVERY, SAVE_EVERY = 20, 60  # steps between looks at the clock and the loss; seconds between checkpoints
+EMBEDDINGS = ("shared", "embed", "patch_embedding", "proj_out", "scale_shift", "time_embedder", "relative", "probe")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one run may choose; each field is an option of the command line."""
+
+    rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    warmup: int = field(default=150, metadata={"help": "steps up to it"})
+    hold: float = field(default=0.3, metadata={"help": "share of the budget at it, before a cosine to zero"})
+    two_shapes: float = field(default=0.6, metadata={"help": "share of the scenes that have two shapes"})
+    complete: float = field(default=0.4, metadata={"help": "share of the captions that leave no factor out"})
+    sampler_levels: float = field(default=0.0, metadata={"help": "share of the noise levels spread as the sampler's"})
+    binding: float = field(default=0.0, metadata={"help": "weight of the text encoder's auxiliary loss"})
+    text_steps: int = field(default=0, metadata={"help": "steps on that loss alone, before the transformer's first"})
+    scenes: int = field(default=131072, metadata={"help": "scenes with captions, of each process"})
+    clips: int = field(default=16384, metadata={"help": "latents held at a time, by each process"})
 
 
 class PaddedCrossAttention:
@@ -67,11 +89,15 @@ def embed(text_encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
     return F.pad(states, (0, 0, 0, KEYS - ids.shape[1]))
 
 
-def draw_captions(scenes: list[scene.Scene], seed: int, each: int = CAPTIONS) -> Tensor:
+def draw_captions(
+    scenes: list[scene.Scene], seed: int, each: int = CAPTIONS, complete: float = Recipe.complete
+) -> Tensor:
     """Token ids (scenes, each, MAX_TOKENS), int16: wordings with no, few or many factors left out."""
     rng = random.Random(seed)
     texts = [
-        caption(s, rng, drop=0.0 if rng.random() < 0.4 else rng.uniform(0.1, 0.6)) for s in scenes for _ in range(each)
+        caption(s, rng, drop=0.0 if rng.random() < complete else rng.uniform(0.1, 0.6))
+        for s in scenes
+        for _ in range(each)
     ]
     encoded = make_tokenizer()(
         texts, padding="max_length", max_length=MAX_TOKENS, truncation=False, return_tensors="pt"
@@ -84,12 +110,13 @@ def draw_captions(scenes: list[scene.Scene], seed: int, each: int = CAPTIONS) ->
 class Pool:
     """Latents on the device with the scenes they show; old ones are replaced by clips of scenes not seen before."""
 
-    def __init__(self, vae: AutoencoderKLWan, scenes: int, clips: int, seed: int, device: str, smoke: bool) -> None:
+    def __init__(self, vae: AutoencoderKLWan, recipe: Recipe, seed: int, device: str, smoke: bool) -> None:
         self.vae, self.device, self.smoke = vae, device, smoke
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device)
         self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
-        table = scene.random_table(scenes, two=TWO_SHAPES, generator=torch.Generator().manual_seed(seed))
-        self.ids = draw_captions(scene.from_table(table), seed).to(device)
+        scenes, clips = recipe.scenes, recipe.clips
+        table = scene.random_table(scenes, two=recipe.two_shapes, generator=torch.Generator().manual_seed(seed))
+        self.ids = draw_captions(scene.from_table(table), seed, complete=recipe.complete).to(device)
         self.table = table.to(device)
         self.empty = torch.full((MAX_TOKENS,), VOCABULARY.index(PAD), device=device)
         self.empty[0] = VOCABULARY.index(END)
@@ -108,24 +135,64 @@ class Pool:
         self.next_scene = (self.next_scene + n) % len(self.table)
         self.next_slot = (self.next_slot + n) % len(self.owner)
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        """Latents (n, 16, T', H', W') and the token ids (n, MAX_TOKENS) of one of their captions, or of the
-        empty prompt.
+    def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (n, 16, T', H', W'), the token ids (n, MAX_TOKENS) of one of their captions, or of the empty
+        prompt, and their factors (n, 10).
         """
         slot = torch.randint(0, len(self.owner), (n,), device=self.device)
         wording = torch.randint(0, self.ids.shape[1], (n,), device=self.device)
         ids = self.ids[self.owner[slot], wording].long()
         dropped = torch.rand(n, 1, device=self.device) < EMPTY_PROMPT
-        return self.latents[slot], torch.where(dropped, self.empty, ids)
+        return self.latents[slot], torch.where(dropped, self.empty, ids), self.table[self.owner[slot]]
 
 
-def noise_levels(n: int, device: str) -> Tensor:
+def noise_levels(n: int, device: str, sampler_levels: float = Recipe.sampler_levels) -> Tensor:
     """Logit-normal with the sampler's shift; a fifth is uniform, so that low noise, where edges form, is not
-    starved.
+    starved. A share of ``sampler_levels`` is spread as the sampler's own steps are, a fifth of which lie above
+    0.92, where it is decided what stands where and logit-normal levels are rare.
     """
     u = torch.sigmoid(torch.randn(n, device=device))
+    if sampler_levels:
+        u = torch.where(torch.rand(n, device=device) < sampler_levels, torch.rand(n, device=device), u)
     shifted = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
     return torch.where(torch.rand(n, device=device) < 0.2, torch.rand(n, device=device), shifted)
+
+
+def teach_text(
+    text_encoder: UMT5EncoderModel, probe: Binding, pool: Pool, steps: int, batch: int, log: Log, device: str
+) -> None:
+    """``steps`` on the auxiliary loss alone, hundreds of times cheaper than the transformer's, which then meets words
+    that are bound already. A penalty keeps the embeddings near those that a trained transformer knows.
+    """
+    began = time.time()
+    before = copy.deepcopy(text_encoder)
+    rate = torch.full((), 1e-5, device=device)
+    named = [(f"text.{n}", p) for n, p in text_encoder.named_parameters()]
+    named += [(f"probe.{n}", p) for n, p in probe.named_parameters()]
+    optimizer = MuonAdamW(named, rate, muon_rate=MUON_RATE, decay=DECAY, adamw_names=EMBEDDINGS)
+
+    def step() -> Tensor:
+        scenes = torch.randint(0, len(pool.table), (batch,), device=device)
+        ids = pool.ids[scenes, 0].long()
+        with amp(device):
+            text = embed(text_encoder, ids)
+            with torch.no_grad():
+                known = embed(before, ids)
+        loss, right = probe(text, ids, pool.table[scenes])
+        drift = (text - known).float().square().mean() / known.float().square().mean()
+        optimizer.zero_grad()
+        (loss + TEXT_ANCHOR * drift).backward()
+        optimizer.step()
+        return torch.stack([loss, right, drift]).detach()
+
+    run = captured(step, log, device)
+    for i in range(steps):
+        rate.fill_(TEXT_RATE * min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) + 1e-6)
+        result = run()
+        if i % max(1, steps // 4) == 0 or i == steps - 1:
+            loss, right, drift = result.tolist()
+            log(f"text encoder: step {i}, loss {loss:.3f}, binding read {100 * right:.1f}%, drift {drift:.3f}")
+    log(f"text encoder: {steps} steps in {time.time() - began:.1f} s")
 
 
 def train(
@@ -134,77 +201,98 @@ def train(
     log: Log,
     device: str,
     *,
+    recipe: Recipe,
+    world: World,
     seed: int = 0,
     start: Path | None = None,
     compile_blocks: bool = True,
     smoke: bool = False,
-) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
-    """Trains, and saves the averaged weights to ``transformer.pt`` every three minutes and at the end.
+) -> None:
+    """Trains, and saves the averaged weights to ``transformer.pt`` every minute and at the end.
 
-    ``start`` is such a file, of an earlier run, to go on from.
+    ``start`` is such a file, or a pipeline's folder, to go on from. Each process of ``world`` has its own pool and
+    batch; the weights stay the same in all.
     """
     began = time.time()
-    scenes, clips, batch = (64, 16, 4) if smoke else (131072, 16384, BATCH)
+    if smoke:
+        recipe = replace(recipe, scenes=64, clips=16)
+    batch = 4 if smoke else BATCH
     if start:
         text_encoder, transformer = (m.train() for m in load(start, device, smoke))
     else:
         text_encoder, transformer = make_text_encoder(smoke).to(device), make_transformer(smoke).to(device)
-    pool = Pool(vae, scenes, clips, seed, device, smoke)
+    probe = Binding(text_encoder.config.d_model).to(device)
+    seed += 1000 * world.rank
+    torch.manual_seed(seed)  # from here on each process draws its own scenes and noise
+    pool = Pool(vae, recipe, seed, device, smoke)
     synchronize(device)
     log(
-        f"transformer: {millions(transformer):.2f}M, text encoder {millions(text_encoder):.2f}M; "
-        f"pool of {clips} latents, {scenes} scenes in {time.time() - began:.1f} s"
+        f"transformer: {millions(transformer):.2f}M, text encoder {millions(text_encoder):.2f}M; {world.size} x a pool "
+        f"of {recipe.clips} latents, {recipe.scenes} scenes in {time.time() - began:.1f} s"
     )
     named = [(f"text.{n}", p) for n, p in text_encoder.named_parameters()]
     named += [(f"video.{n}", p) for n, p in transformer.named_parameters()]
+    released = len(named)
+    if recipe.text_steps:
+        teach_text(text_encoder, probe, pool, recipe.text_steps, 16 if smoke else TEXT_BATCH, log, device)
+    if recipe.binding:
+        named += [(f"probe.{n}", p) for n, p in probe.named_parameters()]
     params = [p for _, p in named]
+    world.copy_from_first(params)
     rate, blend = torch.full((), 1e-5, device=device), torch.ones((), device=device)
-    embeddings = ("shared", "embed", "patch_embedding", "proj_out", "scale_shift", "time_embedder", "relative")
-    optimizer = MuonAdamW(named, rate, muon_rate=MUON_RATE, decay=DECAY, adamw_names=embeddings)
-    average = [p.detach().clone() for p in params]
+    optimizer = MuonAdamW(named, rate, muon_rate=MUON_RATE, decay=DECAY, adamw_names=EMBEDDINGS)
+    average = [p.detach().clone() for p in params[:released]]
     cross = PaddedCrossAttention()
-    original = [b.attn2.processor for b in transformer.blocks]
     for block in transformer.blocks:
         block.attn2.processor = cross
     cross.bias = torch.zeros(batch, 1, 1, KEYS, device=device)
 
-    def step() -> Tensor:
-        x, ids = pool.sample(batch)
-        noise, level = torch.randn_like(x), noise_levels(batch, device)
+    def gradients() -> Tensor:
+        x, ids, table = pool.sample(batch)
+        noise, level = torch.randn_like(x), noise_levels(batch, device, recipe.sampler_levels)
         s = level.view(-1, 1, 1, 1, 1)
         shorter = torch.exp(math.log(KEYS) + torch.rand(batch, device=device) * math.log(LONGEST / KEYS))
         cross.bias.copy_(key_bias(torch.where(torch.rand(batch, device=device) < 0.5, LONGEST, shorter)))
         with amp(device):
+            text = embed(text_encoder, ids)
             velocity = transformer(
-                (1 - s) * x + s * noise,
-                timestep=level * 1000,
-                encoder_hidden_states=embed(text_encoder, ids),
-                return_dict=False,
+                (1 - s) * x + s * noise, timestep=level * 1000, encoder_hidden_states=text, return_dict=False
             )[0]
         loss = F.mse_loss(velocity.float(), noise - x)
+        total, told = loss, [loss.detach()]
+        if recipe.binding:
+            bound, right = probe(text, ids, table)
+            total = loss + recipe.binding * bound
+            told.append(right.detach())
         optimizer.zero_grad()
-        loss.backward()
+        total.backward()
+        return torch.stack(told)
+
+    def update() -> Tensor:
         optimizer.step()
         with torch.no_grad():
             torch._foreach_mul_(average, 1 - blend)
-            torch._foreach_add_(average, torch._foreach_mul([p.detach() for p in params], blend))
-        return loss.detach()
+            torch._foreach_add_(average, torch._foreach_mul([p.detach() for p in params[:released]], blend))
+        return blend
 
     began = time.time()
     if compile_blocks:
         try:
             transformer.compile_repeated_blocks(fullgraph=True)
-            step()
+            gradients()
             synchronize(device)
         except Exception as e:  # a slower run is better than none
             log("NOT COMPILED, running eagerly:", repr(e)[:800])
             torch.compiler.set_stance("force_eager")
-    run = captured(step, log, device)
+    run = captured_step(gradients, update, params, log, device, world)
     synchronize(device)
     log(f"transformer: compiled and captured in {time.time() - began:.1f} s")
 
     def save(step: int, final: bool) -> None:
-        state = {n: a.detach().half().cpu() for (n, _), a in zip(named, average, strict=True)}
+        world.copy_from_first(params)  # equal already, if the devices' arithmetic is; then this changes nothing
+        if world.rank:
+            return
+        state = {n: a.detach().half().cpu() for (n, _), a in zip(named, average, strict=False)}
         path = log.folder / "transformer.pt"
         torch.save({"weights": state, "step": step, "final": final}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)  # a run cut while writing leaves the last whole one
@@ -212,59 +300,116 @@ def train(
     safe, restarts = Snapshot(params), 0
     budget.restart()
     began = told = saved = time.time()
-    step_count, losses, recent = 0, [], math.nan
+    step_count, losses, recent = 0, [], [math.nan]
     while True:
         if step_count % CHECK_EVERY == 0:
             synchronize(device)
-            fraction = budget.fraction(step_count)
-            if losses and not math.isfinite(losses[-1].item()):
+            broken = bool(losses) and not math.isfinite(losses[-1][0].item())
+            ages = (time.time() - told, time.time() - saved)
+            fraction, broken, quiet, unsaved = world.largest([budget.fraction(step_count), float(broken), *ages])
+            if broken:
                 restarts += 1
                 log(f"transformer: DIVERGED at step {step_count}; back to the last good weights, half the rate")
                 if restarts > 5:
                     raise RuntimeError("the transformer's training diverged six times")
                 safe.restore()
-                for a, p in zip(average, params, strict=True):
+                for a, p in zip(average, params, strict=False):
                     a.copy_(p.detach())
                 optimizer.reset()
                 losses.clear()
             elif step_count % 1000 == 0:
                 safe.take()
-            if losses and (time.time() - told > 20 or fraction >= 1):
+            if losses and (quiet > 20 or fraction >= 1):
                 told = time.time()
-                recent = torch.stack(losses).mean().item()
+                recent = torch.stack(losses).mean(0).tolist()
                 losses.clear()
                 pace = 1000 * (told - began) / step_count
-                log(f"transformer: step {step_count}, {100 * fraction:.0f}%, loss {recent:.4f}, {pace:.1f} ms a step")
+                extra = f", binding read {100 * recent[1]:.1f}%" if recipe.binding else ""
+                log(
+                    f"transformer: step {step_count}, {100 * fraction:.0f}%, loss {recent[0]:.4f}{extra}, "
+                    f"{pace:.1f} ms a step"
+                )
             if fraction >= 1:
                 break
-            if time.time() - saved > 180:
+            if unsaved > SAVE_EVERY:
                 saved = time.time()
                 save(step_count, final=False)
         if step_count % REFRESH_EVERY == REFRESH_EVERY - 1:
-            pool.refresh(min(REFRESH, clips))
-        rest = max(0.0, fraction - HOLD) / (1 - HOLD)
+            pool.refresh(min(REFRESH, recipe.clips))
+        rest = max(0.0, fraction - recipe.hold) / (1 - recipe.hold)
         slope = 0.5 + 0.5 * math.cos(math.pi * rest)
-        rate.fill_(RATE * 0.5**restarts * min(1, (step_count + 1) / WARMUP) * slope + 1e-6)
+        rate.fill_(recipe.rate * 0.5**restarts * min(1, (step_count + 1) / recipe.warmup) * slope + 1e-6)
         blend.fill_(1 - min(EMA, (step_count + 1) / (step_count + 10)))
         losses.append(run().clone())
         step_count += 1
     save(step_count, final=True)
     log.record(
-        "transformer",
+        "continuation" if start else "transformer",
         steps=step_count,
         seconds=time.time() - began,
-        loss=recent,
+        loss=recent[0],
+        devices=world.size,
+        batch=batch * world.size,
+        recipe=asdict(recipe),
         million_parameters=millions(transformer),
         text_encoder_million_parameters=millions(text_encoder),
     )
-    del run
-    for block, processor in zip(transformer.blocks, original, strict=True):
-        block.attn2.processor = processor
-    return load(log.folder / "transformer.pt", device, smoke)
+
+
+def captured_step(
+    gradients: Callable[[], Tensor],
+    update: Callable[[], Tensor],
+    params: list[nn.Parameter],
+    log: Log,
+    device: str,
+    world: World,
+) -> Callable[[], Tensor]:
+    """One training step: a single graph for one process, two with the gradients' mean between them for several."""
+    if world.size == 1:
+
+        def whole() -> Tensor:
+            result = gradients()
+            update()
+            return result
+
+        return captured(whole, log, device)
+    mean = GradientMean(params, world)
+
+    def collect() -> Tensor:
+        result = gradients()
+        mean.collect()
+        return result
+
+    def give() -> Tensor:
+        mean.give()
+        return update()
+
+    first = captured(collect, log, device)
+    if first is collect:
+        collect()
+    world.wait()
+    mean.reduce()  # so that the second one's warm-up moves the weights of all processes alike
+    second = captured(give, log, device)
+
+    def run() -> Tensor:
+        result = first()
+        mean.reduce()
+        second()
+        return result
+
+    return run
 
 
 def load(path: Path, device: str, smoke: bool = False) -> tuple[UMT5EncoderModel, WanTransformer3DModel]:
-    """Fresh modules, never compiled, with the averaged weights of a checkpoint."""
+    """Fresh modules, never compiled, with the averaged weights of a checkpoint or of a pipeline's folder."""
+    if path.is_dir():
+        text_encoder = UMT5EncoderModel.from_pretrained(
+            path / "text_encoder", dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+        transformer = WanTransformer3DModel.from_pretrained(
+            path / "transformer", torch_dtype=torch.float32, local_files_only=True
+        )
+        return text_encoder.to(device).eval(), transformer.to(device).eval()
     weights = torch.load(path, map_location=device)["weights"]
     text_encoder, transformer = make_text_encoder(smoke).to(device), make_transformer(smoke).to(device)
     for prefix, module in (("text.", text_encoder), ("video.", transformer)):
