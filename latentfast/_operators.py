@@ -38,12 +38,12 @@ from collections.abc import Callable
 import torch
 
 SCHEMAS: dict[str, str] = {
-    "interpolate": "(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, SymInt p, SymInt n, SymInt q, SymInt m, "
+    "interpolate": "(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, int p, int n, int q, int m, "
     "Tensor(a!) out) -> ()",
     "interpolate_bwd": "(Tensor grad, Tensor a, Tensor b, Tensor? t, float[] ts, int kind, "
-    "SymInt p, SymInt n, SymInt q, SymInt m, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
-    "vector_dots": "(Tensor x, Tensor y, SymInt p, SymInt n, SymInt q, SymInt m, Tensor(a!) out) -> ()",
-    "vector_mix": "(Tensor x, Tensor coefficients, SymInt p, SymInt n, SymInt q, SymInt m, Tensor(a!) out) -> ()",
+    "int p, int n, int q, int m, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
+    "vector_dots": "(Tensor x, Tensor y, int p, int n, int q, int m, Tensor(a!) out) -> ()",
+    "vector_mix": "(Tensor x, Tensor coefficients, int p, int n, int q, int m, Tensor(a!) out) -> ()",
     "edit": "(Tensor z, Tensor directions, Tensor? strengths, float[] host_strengths, Tensor? mask, "
     "Tensor(a!) out) -> ()",
     "blend": "(Tensor base, Tensor edited, Tensor mask, Tensor(a!) out) -> ()",
