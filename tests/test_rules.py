@@ -47,9 +47,9 @@ def _result_and_gradients(operation: Operation, inputs: dict) -> list[torch.Tens
     return [out, *found.values()]
 
 
-def _skip_torch_sums_over_part_of_a_sample(operation: Operation, target: Target) -> None:
-    if target.backend == "eager" and "dim" in operation.options:
-        pytest.skip("torch's own sums over some of a sample's dimensions depend on the batch (docs/numerics.md, 1)")
+def _skip_where_torch_sums(operation: Operation, target: Target) -> None:
+    if target.backend == "eager" and (target.device == "cuda" or "dim" in operation.options):
+        pytest.skip("the order of torch's own sums depends on the batch here (docs/numerics.md, 1)")
 
 
 # --- Rule 1: the same bits on every run, whatever else is in the batch, however many threads -------------------------
@@ -58,6 +58,8 @@ def _skip_torch_sums_over_part_of_a_sample(operation: Operation, target: Target)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_operation
 def test_rule1_same_bits_on_every_run(operation: Operation, dtype: torch.dtype, target: Target) -> None:
+    if str(target) == "eager@cuda" and operation.function == "warp_loss":
+        pytest.skip("torch's gradient of gather adds atomically on a GPU (docs/numerics.md, 1)")
     inputs = _inputs(operation, target, dtype)
     first = _result_and_gradients(operation, inputs)
     for _ in range(1 if target.interpreted else 5):
@@ -77,7 +79,7 @@ def test_rule1_same_bits_for_any_number_of_threads(operation: Operation, target:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @every_per_sample
 def test_rule1_same_bits_alone_and_in_a_batch_of_8(operation: Operation, dtype: torch.dtype, target: Target) -> None:
-    _skip_torch_sums_over_part_of_a_sample(operation, target)
+    _skip_where_torch_sums(operation, target)
     inputs = _inputs(operation, target, dtype, (8, *small(target)[1:]))
     upstream = fixed_upstream(operation.call(**inputs))
     batched, batched_grads = gradients(operation.call, inputs, operation.differentiable, upstream)
@@ -94,7 +96,7 @@ def test_rule1_same_bits_alone_and_in_a_batch_of_8(operation: Operation, dtype: 
 
 @pytest.mark.parametrize("operation", [o for o in LIGHT if o in PER_SAMPLE], ids=str)
 def test_rule1_same_bits_alone_and_in_a_batch_large(operation: Operation, target: Target) -> None:
-    _skip_torch_sums_over_part_of_a_sample(operation, target)
+    _skip_where_torch_sums(operation, target)
     if target.interpreted:
         pytest.skip("large batches take Triton's interpreter minutes")
     inputs = _inputs(operation, target, shape=(8, *large(target)[1:]))
