@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/latentfast demo --out latentfast-demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: setup
 	$(BIN)/ruff check .
