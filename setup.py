@@ -40,7 +40,7 @@ INSTRUCTION_SETS = {
     },
 }
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000 -std=c++20"
-# No contraction and no instruction set of its own: what the loops compute must not depend on the machine that built them.
+# No contraction and no instruction set of its own: results must not depend on the machine that built the library.
 CXX_FLAGS = f"{STABLE_ABI} -O3 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra"
 LOOP_FLAGS = "-fno-math-errno -fno-trapping-math"  # let square roots and conditions become vector code
 NVCC_FLAGS = (
@@ -76,8 +76,8 @@ def torch_folder() -> Path:
     spec = util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            "latentfast's native libraries are built against the torch that you run, and torch was not found: install torch, "
-            "then latentfast with --no-build-isolation; or set LATENTFAST_BUILD=0 for an install without native code"
+            "latentfast's native libraries are built against the torch that you run, and torch was not found: install "
+            "torch, then latentfast with --no-build-isolation; or set LATENTFAST_BUILD=0 to do without native code"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -133,7 +133,9 @@ def make_plan() -> Plan:
     plan.compiler = os.environ.get("CXX") or "c++"
     version = first_line(*shlex.split(plan.compiler), "--version")
     if version is None:
-        raise SystemExit(f"no C++ compiler: '{plan.compiler}' does not run; set CXX, or LATENTFAST_BUILD=0 to do without")
+        raise SystemExit(
+            f"no C++ compiler: '{plan.compiler}' does not run; set CXX, or LATENTFAST_BUILD=0 to do without"
+        )
     torch_folder()
     sets = ", ".join(instruction_sets())
     plan.built.append(f"native-cpu ({sets}; {version}; torch {metadata.version('torch')})")
@@ -149,7 +151,9 @@ def make_plan() -> Plan:
         plan.left_out.append("no cuda because LATENTFAST_CUDA=0")
     elif nvcc is None:
         if wish:
-            raise SystemExit("LATENTFAST_CUDA=1 asks for the CUDA library, but there is no nvcc on PATH or under CUDA_HOME")
+            raise SystemExit(
+                "LATENTFAST_CUDA=1 asks for the CUDA library, but there is no nvcc on PATH or under CUDA_HOME"
+            )
         plan.left_out.append("no cuda because there is no nvcc")
     elif wish is None and not has_gpu():
         plan.left_out.append("no cuda because there is no GPU (LATENTFAST_CUDA=1 builds it all the same)")
@@ -165,7 +169,7 @@ def instruction_sets() -> dict[str, str]:
 
 
 def ninja_file(plan: Plan, torch: Path) -> str:
-    """The build as ninja's rules. Depfiles make it incremental; changed flags rebuild, because ninja compares commands."""
+    """The build as ninja's rules. Depfiles make it incremental; ninja compares commands, so changed flags rebuild."""
     include = f"-I{ROOT / 'csrc'} -isystem {torch / 'include'}"
     sets = instruction_sets()
     names = " ".join(f"M({name})" for name in sets)
@@ -292,7 +296,7 @@ class Wheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.kernels.triton"],
     package_dir={f"{PACKAGE}.kernels.triton": "kernels/triton"},
-    package_data={f"{PACKAGE}.tiny": ["weights/**"], f"{PACKAGE}.cli": ["templates/**"]},
+    package_data={f"{PACKAGE}.tiny": ["weights/**", "*.json", "*.md"], f"{PACKAGE}.cli": ["templates/**"]},
     ext_modules=[Extension(f"{PACKAGE}._native", [])] if wants_build() else [],  # the sources are ninja's business
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -4,7 +4,7 @@ There are two doors to the same kernels. The dispatcher's is for everything that
 autograd, torch.compile, export, modes, transforms, subclasses; it costs a call several microseconds, more than the
 launch of a kernel. The direct one, ``csrc/python/direct.cpp``, is for calls that want none of that; to any other it
 answers None before anything has happened, and the caller goes on through the dispatcher. Both end in the same host
-function of the same library (``csrc/common/view.h``), so their results have the same bits.
+function of the same library (``csrc/common/operators.h``), so their results have the same bits.
 """
 
 import logging

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import latentfast
+from latentfast import _direct
 from tests.helpers import Target
 
 A = torch.zeros(2, 3, 4)
@@ -311,20 +312,29 @@ def _launched(*args) -> None:
     raise AssertionError("an operator was launched before the arguments were checked")
 
 
-@pytest.mark.parametrize(("call", "error", "words"), ROWS, ids=[f"{i}: {row[2]}" for i, row in enumerate(ROWS)])
-def test_rule8_bad_input(call, error, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _forbid_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through either door: the dispatcher's table, or a direct call that is not declined."""
     backends = importlib.import_module("latentfast.backends")
     monkeypatch.setattr(backends, "_table", dict.fromkeys(backends._table, _launched))
+    for name in ("interpolate", "edit", "blend", "temporal_loss"):
+        door = getattr(_direct, name)
+        monkeypatch.setattr(_direct, name, lambda *args, door=door: None if door(*args) is None else _launched())
+
+
+@pytest.mark.parametrize(("call", "error", "words"), ROWS, ids=[f"{i}: {row[2]}" for i, row in enumerate(ROWS)])
+def test_rule8_bad_input(call, error, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _forbid_launches(monkeypatch)
     with pytest.raises(error, match=re.escape(words)):
         call()
 
 
 def test_the_guard_against_launches_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = importlib.import_module("latentfast.backends")
-    monkeypatch.setattr(backends, "_table", dict.fromkeys(backends._table, _launched))
-    for call in (lambda: lf.slerp(A, A, 0.5), lambda: lf.edit(A, A[None], [1.0]), lambda: lf.temporal_loss(VIDEO)):
-        with pytest.raises(AssertionError, match="launched"):
-            call()
+    _forbid_launches(monkeypatch)
+    for _ in range(2):
+        for call in (lambda: lf.slerp(A, A, 0.5), lambda: lf.edit(A, A[None], [1.0]), lambda: lf.temporal_loss(VIDEO)):
+            with pytest.raises(AssertionError, match="launched"):
+                call()
+        monkeypatch.setattr(_direct, "enabled", False)  # and the second time past the direct door
 
 
 def test_out_under_no_grad_takes_inputs_that_require_grad(target: Target) -> None:

@@ -93,7 +93,7 @@ def test_text_encoder_learns_binding_alone(tmp_path: Path) -> None:
             return probe(train_transformer.embed(encoder, ids[:, 0].long()), ids[:, 0].long(), table)[0].item()
 
     before = loss()
-    train_transformer.teach_text(encoder, probe, pool, 40, 32, Log(tmp_path), "cpu")
+    train_transformer.teach_text(encoder, probe, pool, 80, 32, Log(tmp_path), "cpu")
     assert loss() < 0.8 * before
 
 

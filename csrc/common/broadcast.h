@@ -1,5 +1,5 @@
-// Broadcasting without torch: how the elements of several contiguous, right-aligned operands meet those of one target
-// shape, with neighbouring dimensions joined wherever every operand walks them alike.
+// Broadcasting without torch: how the elements of several contiguous, right-aligned operands meet those of
+// one target shape, with neighbouring dimensions joined wherever every operand walks them alike.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ struct Shape {
   int dims;
 };
 
-// The joined dimensions of a target, outermost first, and the strides (in elements, 0 = broadcast) of N operands in them.
+// The joined dimensions of a target, outermost first, and the strides (in elements, 0 = broadcast) of N
+// operands in them.
 template <int N>
 struct Joined {
   int dims = 0;
@@ -46,8 +47,8 @@ struct Joined {
   }
 };
 
-// The stride of dimension `dim` of a target with `target_dims` dimensions in a contiguous operand aligned at the right:
-// 0 where the operand has size 1 there, or no such dimension.
+// The stride of dimension `dim` of a target with `target_dims` dimensions in a contiguous operand aligned at
+// the right: 0 where the operand has size 1 there, or no such dimension.
 inline int64_t broadcast_stride(Shape operand, int dim, int target_dims) {
   const int d = dim - (target_dims - operand.dims);
   if (d < 0 || operand.sizes[d] == 1) return 0;

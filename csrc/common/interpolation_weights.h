@@ -1,9 +1,9 @@
 // Weights of lerp, nlerp and slerp, and their derivatives, from three inner products of a pair of vectors.
 //
-// Torch-free and shared by the CPU and CUDA kernels, once a vector (and a value of t). The inner products are float64, and so is
-// every difference that cancels; the rest is computed in the type `C`: float64, or float32 where nothing wider is made of the
-// weights and float64 functions would take longer than the elements.
-// The definitions are those of latentfast/reference/interpolate.py.
+// Torch-free and shared by the CPU and CUDA kernels, once a vector (and a value of t). The inner products are
+// float64, and so is every difference that cancels; the rest is computed in the type `C`: float64, or float32
+// where nothing wider is made of the weights and float64 functions would take longer than the elements. The
+// definitions are those of latentfast/reference/interpolate.py.
 #pragma once
 
 #include <bit>
@@ -26,15 +26,16 @@ struct Sums {
   double aa, bb, ab;
 };
 
-// The interpolated vector is a·A + b·B + turn·Q(A), where Q turns A by a quarter: (x0, x1) → (−x1, x0) for each pair of
-// its elements, times `quarter_turn_scale` if their number is odd.
+// The interpolated vector is a·A + b·B + turn·Q(A), where Q turns A by a quarter: (x0, x1) → (−x1, x0) for
+// each pair of its elements, times `quarter_turn_scale` if their number is odd.
 template <typename C>
 struct WeightsIn {
   C a, b, turn;
 };
 using Weights = WeightsIn<double>;
 
-// How the weights change: with |A|², |B|² and A·B (nothing while the turned vector is used: its angle is held), and with t.
+// How the weights change: with |A|², |B|² and A·B (nothing while the turned vector is used: its angle is
+// held), and with t.
 struct WeightSlopes {
   double a_aa, a_bb, a_ab, b_aa, b_bb, b_ab;
   double a_t, b_t, turn_t;
@@ -53,8 +54,8 @@ struct PairIn {
   enum Kind : int { straight, arc, nearly_parallel, opposite, normalised };
 
   Kind kind;
-  bool single;     // one element leaves no way round
-  double theta;    // the angle between the vectors (slerp), as exact as C, and near π as exact as C makes π − θ
+  bool single;   // one element leaves no way round
+  double theta;  // the angle between the vectors (slerp), as exact as C, and near π as exact as C makes π − θ
   C sine, cosine;  // of it
   Sums sums;
 
@@ -63,10 +64,12 @@ struct PairIn {
 };
 using Pair = PairIn<double>;
 
-LATENTFAST_HD double power_of_two(int e) { return std::bit_cast<double>(static_cast<uint64_t>(e + 1023) << 52); }
+LATENTFAST_HD double power_of_two(int e) {
+  return std::bit_cast<double>(static_cast<uint64_t>(e + 1023) << 52);
+}
 
-// x·2^-e with e even and x in [1, 4), so that the square root is scaled by an exact power of two; e is returned. Zero, infinity
-// and NaN stay as they are.
+// x·2^-e with e even and x in [1, 4), so that the square root is scaled by an exact power of two; e is
+// returned. Zero, infinity and NaN stay as they are.
 LATENTFAST_HD int even_exponent(double& x) {
   if (!(x > 0.0) || !(x <= 1.7976931348623157e308)) return 0;
   int below = 0;
@@ -85,17 +88,19 @@ LATENTFAST_HD double product_minus_square(double x, double y, double z) {
   return (p - q) + (fma(x, y, -p) - fma(z, z, -q));
 }
 
-// sin(x). In float32 it is as exact near the multiples of π as elsewhere: x is brought to [−π/2, π/2] in float64, where a
-// polynomial of degree 11 is good for float32.
+// sin(x). In float32 it is as exact near the multiples of π as elsewhere: x is brought to [−π/2, π/2] in
+// float64, where a polynomial of degree 11 is good for float32.
 template <typename C>
 LATENTFAST_HD C sine_of(double x) {
   if constexpr (std::is_same_v<C, double>) {
     return sin(x);
   } else {
-    constexpr double kToInteger = 6755399441055744.0;  // 1.5 · 2^52: a sum with it is a whole number, and ends in its bits
+    constexpr double kToInteger =
+        6755399441055744.0;  // 1.5 · 2^52: a sum with it is a whole number, and ends in its bits
     const double shifted = x * (1.0 / kPi) + kToInteger;
     const C y = static_cast<C>(fma(kToInteger - shifted, kPi, x)), z = y * y;
-    const C p = -1.6666667e-1f + z * (8.3333310e-3f + z * (-1.9840874e-4f + z * (2.7525562e-6f - z * 2.3889859e-8f)));
+    const C p =
+        -1.6666667e-1f + z * (8.3333310e-3f + z * (-1.9840874e-4f + z * (2.7525562e-6f - z * 2.3889859e-8f)));
     const C s = y + y * z * p;
     return std::bit_cast<uint64_t>(shifted) % 2 == 0 ? s : -s;
   }
@@ -169,11 +174,13 @@ struct StraightLength {
 template <typename C>
 LATENTFAST_HD StraightLength straight_length(const PairIn<C>& pair, double t) {
   const double r = 1.0 - t, ab = pair.sums.ab, na = pair.na(), nb = pair.nb();
-  // |r a + t b|² = (r|a| − t|b|)² + 2rt(|a||b| + a·b), or the same with both signs turned: that which cancels least. Single
-  // elements are parallel or opposite, whatever was lost in rounding their products.
+  // |r a + t b|² = (r|a| − t|b|)² + 2rt(|a||b| + a·b), or the same with both signs turned: that which cancels
+  // least. Single elements are parallel or opposite, whatever was lost in rounding their products.
   const double side = ab < 0.0 ? -1.0 : 1.0;
   const double apart = na * nb + fabs(ab);
-  const double defect = pair.single ? 0.0 : apart > 0.0 ? product_minus_square(pair.sums.aa, pair.sums.bb, ab) / apart : apart;
+  const double defect = pair.single   ? 0.0
+                        : apart > 0.0 ? product_minus_square(pair.sums.aa, pair.sums.bb, ab) / apart
+                                      : apart;
   const double along = r * na + side * t * nb;
   StraightLength out;
   out.wanted = r * na + t * nb;
@@ -223,8 +230,15 @@ LATENTFAST_HD WeightSlopes interpolation_slopes(const Pair& pair, double t) {
       const double a_c = arc_weight_cosine(pair, r), b_c = arc_weight_cosine(pair, t);
       const double c_aa = -0.5 * pair.cosine / pair.sums.aa, c_bb = -0.5 * pair.cosine / pair.sums.bb;
       const double c_ab = 1.0 / (pair.na() * pair.nb());
-      return {a_c * c_aa, a_c * c_bb, a_c * c_ab, b_c * c_aa, b_c * c_bb, b_c * c_ab,
-              -arc_weight_s(pair, r), arc_weight_s(pair, t), 0.0};
+      return {a_c * c_aa,
+              a_c * c_bb,
+              a_c * c_ab,
+              b_c * c_aa,
+              b_c * c_bb,
+              b_c * c_ab,
+              -arc_weight_s(pair, r),
+              arc_weight_s(pair, t),
+              0.0};
     }
     case Pair::opposite: {
       const double ratio = pair.nb() / pair.na(), length = r + t * ratio, growth = ratio - 1.0;
@@ -251,15 +265,17 @@ LATENTFAST_HD WeightSlopes interpolation_slopes(const Pair& pair, double t) {
       const double s_ab = fall * 2.0 * t * r;
       const double square_t = 2.0 * (t * pair.sums.bb - r * pair.sums.aa + (1.0 - 2.0 * t) * pair.sums.ab);
       const double s_t = sign * (pair.nb() - pair.na()) * inverse + fall * square_t;
-      return {r * s_aa, r * s_bb, r * s_ab, t * s_aa, t * s_bb, t * s_ab, r * s_t - scale, t * s_t + scale, 0.0};
+      return {r * s_aa, r * s_bb,        r * s_ab,        t * s_aa, t * s_bb,
+              t * s_ab, r * s_t - scale, t * s_t + scale, 0.0};
     }
     default:
       return out;
   }
 }
 
-// The quarter turn of a vector of an odd number of elements leaves the last one out; what is left is scaled to the vector's
-// length. `left` is |a|² without the last element. 0: nothing is left, the turned vector is (|a|, 0, 0, …).
+// The quarter turn of a vector of an odd number of elements leaves the last one out; what is left is scaled
+// to the vector's length. `left` is |a|² without the last element. 0: nothing is left, the turned vector is
+// (|a|, 0, 0, …).
 LATENTFAST_HD double quarter_turn_scale(double aa, double left) { return left > 0.0 ? sqrt(aa / left) : 0.0; }
 
 }  // namespace latentfast

@@ -1,11 +1,13 @@
-// edit and blend: one pass, each input read once and the output written once, however many directions there are.
+// edit and blend: one pass, each input read once and the output written once, however many directions there
+// are.
 #include "common/operators.h"
 #include "cpu/rows.h"
 
 namespace latentfast {
 namespace {
 
-// An operand of N stacked parts, each broadcast to `target`; one part serves all if it has no such dimension or size 1 there.
+// An operand of N stacked parts, each broadcast to `target`; one part serves all if it has no such dimension
+// or size 1 there.
 template <typename C>
 class Stacked {
  public:
@@ -15,8 +17,12 @@ class Stacked {
         part_(x.const_data_ptr(), x.scalar_type(), part_shape(x, target), target, name) {}
 
   bool varies() const { return stacked_; }
-  const C* direct(int64_t part, int64_t start, int64_t n) const { return part_.direct(start, n, part * each_); }
-  const C* read(int64_t part, int64_t start, int n, C* buffer) const { return part_.read(start, n, buffer, part * each_); }
+  const C* direct(int64_t part, int64_t start, int64_t n) const {
+    return part_.direct(start, n, part * each_);
+  }
+  const C* read(int64_t part, int64_t start, int n, C* buffer) const {
+    return part_.read(start, n, buffer, part * each_);
+  }
 
  private:
   static Shape part_shape(const View& x, Shape target) {
@@ -47,7 +53,8 @@ class Strengths {
   double at(int64_t i, int64_t sample) const {
     if (data_ == nullptr) return host_[i];
     const int64_t index = i * samples_ + (samples_ > 1 ? sample : 0);
-    return dtype_ == ScalarType::Double ? static_cast<const double*>(data_)[index] : static_cast<const float*>(data_)[index];
+    return dtype_ == ScalarType::Double ? static_cast<const double*>(data_)[index]
+                                        : static_cast<const float*>(data_)[index];
   }
 
  private:
@@ -67,10 +74,11 @@ struct Editing {
   Strengths strengths;
   Output<T> out;
 
-  // All directions in one go, if nothing has to be widened, put together or kept for a second round; false if something has.
+  // All directions in one go, if nothing has to be widened, put together or kept for a second round; false if
+  // something has.
   bool add_directly(int64_t sample, int64_t start, int n) const {
     if constexpr (kIsWide<T>) {
-      if (strengths.count() == 0 || strengths.count() > kSteps) return false;
+      if (strengths.count() > kSteps) return false;
       Step<C> step[kSteps];
       for (int64_t k = 0; k < strengths.count(); ++k) {
         step[k].direction = directions.direct(k, start, n);
@@ -78,7 +86,8 @@ struct Editing {
         step[k].strength = static_cast<C>(strengths.at(k, sample));
         if (step[k].direction == nullptr || (mask.has_value() && step[k].mask == nullptr)) return false;
       }
-      loops_of<C>().add_steps[mask.has_value()](z + start, step, static_cast<int>(strengths.count()), n, &out[start], out.streams());
+      loops_of<C>().add_steps[mask.has_value()](z + start, step, static_cast<int>(strengths.count()), n,
+                                                &out[start], out.streams());
       return true;
     }
     return false;
@@ -90,22 +99,20 @@ struct Editing {
     Step<C> step[kSteps];
     const C* so_far = widen(z + start, n, wide);
     C* row = out.begin(start, rounded_row);
-    const C* shared = mask.has_value() && !mask->varies() ? mask->read(0, start, n, mask_rows[0].values) : nullptr;
+    const C* shared =
+        mask.has_value() && !mask->varies() ? mask->read(0, start, n, mask_rows[0].values) : nullptr;
     for (int64_t k = 0; k < strengths.count(); k += kSteps) {
       const int count = static_cast<int>(std::min<int64_t>(kSteps, strengths.count() - k));
       for (int j = 0; j < count; ++j) {
         step[j].direction = directions.read(k + j, start, n, direction_rows[j].values);
-        step[j].mask = shared == nullptr && mask.has_value() ? mask->read(k + j, start, n, mask_rows[j].values) : shared;
+        step[j].mask =
+            shared == nullptr && mask.has_value() ? mask->read(k + j, start, n, mask_rows[j].values) : shared;
         step[j].strength = static_cast<C>(strengths.at(k + j, sample));
       }
       loops_of<C>().add_steps[mask.has_value()](so_far, step, count, n, row, false);
       so_far = row;
     }
-    if (so_far == row) {
-      out.finish(row, n, start);
-    } else {
-      out.copy(z + start, n, start);  // no directions
-    }
+    out.finish(row, n, start);
   }
 
   void run(int64_t numel) const {
@@ -126,8 +133,8 @@ struct Editing {
 
 }  // namespace
 
-void edit(const View& z, const View& directions, const OptionalView& strengths, std::span<const double> host_strengths,
-          const OptionalView& mask, const View& out) {
+void edit(const View& z, const View& directions, const OptionalView& strengths,
+          std::span<const double> host_strengths, const OptionalView& mask, const View& out) {
   check_contiguous(z, "z");
   check_contiguous(directions, "directions");
   check_contiguous(out, "out");
@@ -136,8 +143,12 @@ void edit(const View& z, const View& directions, const OptionalView& strengths, 
   dispatch_floating(z.scalar_type(), "edit", [&]<typename T>() {
     using C = Working<T>;
     const Shape target = shape_of(z);
-    Editing<T> op{data<T>(z), Stacked<C>(directions, target, "directions"), std::nullopt, Strengths(strengths, host_strengths),
-                  Output(mutable_data<T>(out), out.numel())};
+    Editing<T> op{data<T>(z), Stacked<C>(directions, target, "directions"), std::nullopt,
+                  Strengths(strengths, host_strengths), Output(mutable_data<T>(out), out.numel())};
+    if (op.strengths.count() == 0) {
+      op.out.copy(op.z, z.numel(), 0);
+      return;
+    }
     if (mask.has_value()) op.mask.emplace(*mask, target, "mask");
     op.run(z.numel());
   });
@@ -152,7 +163,8 @@ void blend(const View& base, const View& edited, const View& mask, const View& o
   dispatch_floating(base.scalar_type(), "blend", [&]<typename T>() {
     using C = Working<T>;
     const auto& loop = loops_of<C>();
-    const Broadcast<C> where(mask.const_data_ptr(), mask.scalar_type(), shape_of(mask), shape_of(base), "mask");
+    const Broadcast<C> where(mask.const_data_ptr(), mask.scalar_type(), shape_of(mask), shape_of(base),
+                             "mask");
     const T *x = data<T>(base), *y = data<T>(edited);
     const int64_t numel = base.numel();
     const Output<T> to(mutable_data<T>(out), numel);

@@ -1,4 +1,5 @@
-// interpolate: lerp, nlerp and slerp at K values of t. Two passes over the vectors (one for lerp), inputs read once a pass.
+// interpolate: lerp, nlerp and slerp at K values of t. Two passes over the vectors (one for lerp), inputs
+// read once a pass.
 #include "common/operators.h"
 #include "cpu/vectors.h"
 
@@ -88,46 +89,88 @@ struct Interpolation {
     reduce_and_apply<VectorWeights>(vectors, mode == Mode::lerp ? 0 : 3, reduce, finish, apply);
   }
 
+  // The weights of a block of vectors, at [k][column]; the vectors that need more than these are left in
+  // `special`.
+  struct BlockWeights {
+    std::vector<C> a, b;
+    std::vector<std::pair<int, VectorWeights>> special;
+  };
+
+  BlockWeights weigh_block(const Block& block, std::vector<double>& sums) const {
+    const int64_t count = times.count(), width = block.width, m = vectors.m, each = block.vectors;
+    BlockWeights out{std::vector<C>(count * width), std::vector<C>(count * width), {}};
+    std::vector<double> theta(each), sine(each), ordinary(each, 0.0), t(each), wa(each), wb(each);
+    if (m > 1) {  // one sum a vector, at the front
+      for (int s = 0; s < 3; ++s) {
+        for (int64_t v = 0; v < each; ++v) sums[s * width + v] = add_columns(sums.data() + s * width, v, m);
+      }
+    }
+    const double *aa = sums.data(), *bb = aa + width, *ab = bb + width;
+    const int size = static_cast<int>(each);
+    if (mode == Mode::slerp) loops().angles(aa, bb, ab, size, theta.data(), sine.data(), ordinary.data());
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t v = 0; v < each; ++v) {
+        t[v] = times.at(k, block.first + v);
+        if (!(std::fabs(t[v]) <= kOrdinaryT) || (times.vary() && end_point(t[v]) >= 0)) ordinary[v] = 0.0;
+      }
+      if (mode != Mode::slerp) continue;
+      loops().arc_weights(theta.data(), sine.data(), t.data(), size, wa.data(), wb.data());
+      for (int64_t v = 0; v < each; ++v) {
+        std::fill_n(out.a.data() + k * width + v * m, m, static_cast<C>(wa[v]));
+        std::fill_n(out.b.data() + k * width + v * m, m, static_cast<C>(wb[v]));
+      }
+    }
+    for (int v = 0; v < block.vectors; ++v) {
+      if (ordinary[v] != 0.0) continue;
+      VectorWeights own;
+      weigh(block.first + v, {aa[v], bb[v], ab[v]}, own);
+      for (int64_t k = 0; k < count; ++k) {
+        std::fill_n(out.a.data() + k * width + v * m, m, static_cast<C>(own.at[k].a));
+        std::fill_n(out.b.data() + k * width + v * m, m, static_cast<C>(own.at[k].b));
+      }
+      const bool ends =
+          times.vary() && std::any_of(own.end.begin(), own.end.end(), [](int end) { return end >= 0; });
+      if (own.delicate || ends) {
+        out.special.emplace_back(v, std::move(own));
+      }
+    }
+    return out;
+  }
+
   void by_columns() const {
     const auto& loop = loops_of<C>();
-    const int64_t count = times.count();
     for_blocks(vectors, [&](const Block& block) {
       const int width = block.width;
       Row<T> x, y, z;
-      std::vector<double> sums(mode == Mode::lerp ? 0 : 3 * width, 0.0);
+      std::vector<double> sums(3 * width, 0.0);
       double *aa = sums.data(), *bb = aa + width, *ab = bb + width;
       for (int64_t i = 0; i < vectors.n && mode != Mode::lerp; ++i) {
-        const C* row_a = widen(a + block.row(i), width, x);
-        const C* row_b = widen(b + block.row(i), width, y);
-        loop.sums_columns(row_a, row_b, width, aa, bb, ab);
+        loop.sums_columns(widen(a + block.row(i), width, x), widen(b + block.row(i), width, y), width, aa, bb,
+                          ab);
       }
-      std::vector<C> wa(count * width), wb(count * width);
-      std::vector<VectorWeights> special(block.vectors);
-      for (int v = 0; v < block.vectors; ++v) {
-        const auto total = [&](const double* columns) { return mode == Mode::lerp ? 0.0 : add_columns(columns, v, vectors.m); };
-        weigh(block.first + v, {total(aa), total(bb), total(ab)}, special[v]);
-        for (int64_t k = 0; k < count; ++k) {
-          std::fill_n(wa.data() + k * width + v * vectors.m, vectors.m, static_cast<C>(special[v].at[k].a));
-          std::fill_n(wb.data() + k * width + v * vectors.m, vectors.m, static_cast<C>(special[v].at[k].b));
-        }
-      }
+      const BlockWeights weights = weigh_block(block, sums);
       for (int64_t i = 0; i < vectors.n; ++i) {
         const int64_t at = block.row(i);
         const C* row_a = widen(a + at, width, x);
         const C* row_b = widen(b + at, width, y);
-        for (int64_t k = 0; k < count; ++k) {
-          const int64_t to = k * numel + at;
-          C* row = out.begin(to, z);
-          loop.mix_columns(row_a, row_b, width, wa.data() + k * width, wb.data() + k * width, row);
-          out.finish(row, width, to);
-          for (int v = 0; v < block.vectors; ++v) {
-            if (special[v].end[k] < 0) continue;
-            const int64_t from = v * vectors.m;
-            out.copy((special[v].end[k] == 0 ? a : b) + at + from, vectors.m, to + from);
+        for (int64_t k = 0; k < times.count(); ++k) {
+          const int end = times.vary() ? -1 : end_point(times.at(k, 0));
+          if (end >= 0) {
+            out.copy((end == 0 ? a : b) + at, width, k * numel + at);
+            continue;
           }
+          C* row = out.begin(k * numel + at, z);
+          loop.mix_columns(row_a, row_b, width, weights.a.data() + k * width, weights.b.data() + k * width,
+                           row);
+          out.finish(row, width, k * numel + at);
         }
-        for (int v = 0; v < block.vectors; ++v) {
-          if (special[v].delicate) put_carefully(block.first + v, block.part(v, i), special[v]);
+        for (const auto& [v, own] : weights.special) {
+          const Part part = block.part(v, i);
+          for (int64_t k = 0; k < times.count(); ++k) {
+            if (own.end[k] >= 0)
+              std::copy_n((own.end[k] == 0 ? a : b) + part.start, part.size, &out[k * numel + part.start]);
+          }
+          if (own.delicate) put_carefully(block.first + v, part, own);
         }
       }
     });
@@ -136,15 +179,20 @@ struct Interpolation {
 
 }  // namespace
 
-void interpolate(const View& a, const View& b, const OptionalView& t, std::span<const double> ts, int64_t mode,
-                 int64_t p, int64_t n, int64_t q, int64_t m, const View& out) {
+void interpolate(const View& a, const View& b, const OptionalView& t, std::span<const double> ts,
+                 int64_t mode, int64_t p, int64_t n, int64_t q, int64_t m, const View& out) {
   check_contiguous(a, "a");
   check_contiguous(b, "b");
   check_contiguous(out, "out");
   if (out.numel() == 0) return;
   dispatch_floating(a.scalar_type(), "interpolate", [&]<typename T>() {
-    const Interpolation<T> op{data<T>(a),       data<T>(b),   Output(mutable_data<T>(out), out.numel()), a.numel(),
-                              static_cast<Mode>(mode), Times(t, ts), {p, n, q, m}};
+    const Interpolation<T> op{data<T>(a),
+                              data<T>(b),
+                              Output(mutable_data<T>(out), out.numel()),
+                              a.numel(),
+                              static_cast<Mode>(mode),
+                              Times(t, ts),
+                              {p, n, q, m}};
     if (op.mode == Mode::lerp && !op.times.vary()) {
       // nothing depends on where a vector ends
       const Interpolation<T> flat{op.a, op.b, op.out, op.numel, op.mode, op.times, {1, 1, 1, op.numel}};

@@ -1,7 +1,8 @@
 // interpolate_bwd: the gradients of lerp, nlerp and slerp in their vectors and in t.
 //
-// With G_a = Σ g·a and G_b = Σ g·b of a vector's upstream gradient g at each t, and the weights w_a, w_b as functions of
-// |a|², |b|², a·b and t: grad_a = Σ_t w_a g + 2 D_aa a + D_ab b, where D_aa = Σ_t G_a ∂w_a/∂|a|² + G_b ∂w_b/∂|a|², and so on.
+// With G_a = Σ g·a and G_b = Σ g·b of a vector's upstream gradient g at each t, and the weights w_a, w_b as
+// functions of |a|², |b|², a·b and t: grad_a = Σ_t w_a g + 2 D_aa a + D_ab b, where D_aa = Σ_t G_a ∂w_a/∂|a|²
+// + G_b ∂w_b/∂|a|², and so on.
 #include "cpu/vectors.h"
 
 namespace latentfast {
@@ -9,8 +10,8 @@ namespace {
 
 // What one vector's gradients are put together from.
 struct VectorGradient {
-  std::vector<Weights> at;   // each t
-  double aa, bb, ab;         // D_aa, D_bb, D_ab
+  std::vector<Weights> at;  // each t
+  double aa, bb, ab;        // D_aa, D_bb, D_ab
   bool delicate;
   QuarterTurn quarter;
 };
@@ -46,7 +47,8 @@ struct InterpolationBackward {
 
   // `sums`: |a|², |b|², a·b, then G_a and G_b at each t.
   void weigh(int64_t v, const double* sums, VectorGradient& out) const {
-    const Pair pair = make_pair_of(mode, bends() ? Sums{sums[0], sums[1], sums[2]} : Sums{}, vectors.elements());
+    const Pair pair =
+        make_pair_of(mode, bends() ? Sums{sums[0], sums[1], sums[2]} : Sums{}, vectors.elements());
     out.at.resize(times.count());
     out.aa = out.bb = out.ab = 0.0;
     out.delicate = false;
@@ -57,7 +59,8 @@ struct InterpolationBackward {
       if (!reduces()) continue;
       const WeightSlopes slopes = interpolation_slopes(pair, t);
       out.delicate = out.delicate || is_delicate(out.at[k]);
-      if ((out.at[k].turn != 0.0 || slopes.turn_t != 0.0) && out.quarter.size == 0) out.quarter = {vectors, a, v};
+      if ((out.at[k].turn != 0.0 || slopes.turn_t != 0.0) && out.quarter.size == 0)
+        out.quarter = {vectors, a, v};
       const double ga = sums[3 + 2 * k], gb = sums[4 + 2 * k];
       out.aa += ga * slopes.a_aa + gb * slopes.b_aa;
       out.bb += ga * slopes.a_bb + gb * slopes.b_bb;
@@ -123,16 +126,18 @@ struct InterpolationBackward {
       Row<T> x, y, z;
       Row<C> acc;
       for_rows(part, [&](int64_t i, int n) {
-        const auto put = [&](const Output<T>& target, const T* own, const T* other, double d_own, double Weights::*weight) {
+        const auto put = [&](const Output<T>& target, const T* own, const T* other, double d_own,
+                             double Weights::* weight) {
           if (!target) return;
           if (bends()) {
-            loop.mix(widen(own + i, n, x), widen(other + i, n, y), n, static_cast<C>(2.0 * d_own), static_cast<C>(from.ab),
-                     acc.values);
+            loop.mix(widen(own + i, n, x), widen(other + i, n, y), n, static_cast<C>(2.0 * d_own),
+                     static_cast<C>(from.ab), acc.values);
           } else {
             std::fill_n(acc.values, n, C(0));
           }
           for (int64_t k = 0; k < times.count(); ++k) {
-            loop.add_scaled(widen(grad + k * numel + i, n, z), n, static_cast<C>(from.at[k].*weight), acc.values);
+            loop.add_scaled(widen(grad + k * numel + i, n, z), n, static_cast<C>(from.at[k].*weight),
+                            acc.values);
           }
           target.finish(acc.values, n, i);
         };
@@ -181,15 +186,18 @@ struct InterpolationBackward {
       }
       for (int64_t i = 0; i < vectors.n; ++i) {
         const int64_t at = block.row(i);
-        const auto put = [&](const Output<T>& target, const T* own, const T* other, const C* d_own, const C* weights) {
+        const auto put = [&](const Output<T>& target, const T* own, const T* other, const C* d_own,
+                             const C* weights) {
           if (!target) return;
           if (bends()) {
-            loop.mix_columns(widen(own + at, width, x), widen(other + at, width, y), width, d_own, ab.data(), acc.values);
+            loop.mix_columns(widen(own + at, width, x), widen(other + at, width, y), width, d_own, ab.data(),
+                             acc.values);
           } else {
             std::fill_n(acc.values, width, C(0));
           }
           for (int64_t k = 0; k < count; ++k) {
-            loop.add_scaled_columns(widen(grad + k * numel + at, width, z), width, weights + k * width, acc.values);
+            loop.add_scaled_columns(widen(grad + k * numel + at, width, z), width, weights + k * width,
+                                    acc.values);
           }
           target.finish(acc.values, width, at);
         };

@@ -2,6 +2,8 @@
 #include "cpu/loops.h"
 
 #include <cstring>
+
+#include "cpu/loops_arc.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 // gcc warns of the undefined operand inside its own AVX-512 intrinsics (its bug 105593)
@@ -85,7 +87,8 @@ void dot(const C* x, const C* y, int n, double* lanes) {
   Lanes acc(lanes);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int r = 0; r < kRegisters; ++r) acc.part[r] += load_doubles(x + i + r * kWidth) * load_doubles(y + i + r * kWidth);
+    for (int r = 0; r < kRegisters; ++r)
+      acc.part[r] += load_doubles(x + i + r * kWidth) * load_doubles(y + i + r * kWidth);
   }
   acc.store(lanes);
   for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
@@ -102,7 +105,8 @@ void sum(const C* x, int n, double* lanes) {
   for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += static_cast<double>(x[i]);
 }
 
-// ---- elementwise loops: the compiler vectorises them, and no order of its own choosing can change a bit ----
+// ---- elementwise loops: the compiler vectorises them, and no order of its own choosing can change a bit
+// ----
 
 template <typename C>
 void dot_columns(const C* __restrict x, const C* __restrict y, int n, double* __restrict columns) {
@@ -110,8 +114,8 @@ void dot_columns(const C* __restrict x, const C* __restrict y, int n, double* __
 }
 
 template <typename C>
-void sums_columns(const C* __restrict a, const C* __restrict b, int n, double* __restrict aa, double* __restrict bb,
-                  double* __restrict ab) {
+void sums_columns(const C* __restrict a, const C* __restrict b, int n, double* __restrict aa,
+                  double* __restrict bb, double* __restrict ab) {
   for (int i = 0; i < n; ++i) {
     const double x = a[i], y = b[i];
     aa[i] += x * x;
@@ -126,8 +130,8 @@ void mix(const C* __restrict a, const C* __restrict b, int n, C wa, C wb, C* __r
 }
 
 template <typename C>
-void mix_columns(const C* __restrict a, const C* __restrict b, int n, const C* __restrict wa, const C* __restrict wb,
-                 C* __restrict out) {
+void mix_columns(const C* __restrict a, const C* __restrict b, int n, const C* __restrict wa,
+                 const C* __restrict wb, C* __restrict out) {
   for (int i = 0; i < n; ++i) out[i] = wa[i] * a[i] + wb[i] * b[i];
 }
 
@@ -141,7 +145,8 @@ void add_scaled_columns(const C* __restrict x, int n, const C* __restrict w, C* 
   for (int i = 0; i < n; ++i) out[i] += w[i] == 0 ? 0 : w[i] * x[i];
 }
 
-// How far ahead the rows of long streams are fetched, in bytes: several streams at once outrun what the hardware does alone.
+// How far ahead the rows of long streams are fetched, in bytes: several streams at once outrun what the
+// hardware does alone.
 constexpr int kAhead = 4096;
 
 template <typename C>
@@ -167,7 +172,9 @@ inline void store_around(void* to, const void* from) {
 }
 
 // Bytes before `x` is aligned for store_around.
-inline int64_t unaligned_bytes(const void* x) { return (kBytes - reinterpret_cast<intptr_t>(x) % kBytes) % kBytes; }
+inline int64_t unaligned_bytes(const void* x) {
+  return (kBytes - reinterpret_cast<intptr_t>(x) % kBytes) % kBytes;
+}
 
 template <int kCount, bool kMasked, bool kStreams, typename C>
 void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
@@ -183,7 +190,8 @@ void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
   int i = 0;
   for (; i + kLine <= n; i += kLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
-    for (int k = 0; k < kCount; ++k) __builtin_prefetch(reinterpret_cast<const char*>(direction[k] + i) + kAhead);
+    for (int k = 0; k < kCount; ++k)
+      __builtin_prefetch(reinterpret_cast<const char*>(direction[k] + i) + kAhead);
     for (int j = i; j < i + kLine; j += kStep) {
       Vector<C> value = load(from + j);
       for (int k = 0; k < kCount; ++k) {
@@ -232,7 +240,8 @@ void add_steps(const C* from, const Step<C>* steps, int count, int n, C* out, bo
 }
 
 template <typename C>
-void blend(const C* __restrict base, const C* __restrict edited, const C* __restrict mask, int n, C* __restrict out) {
+void blend(const C* __restrict base, const C* __restrict edited, const C* __restrict mask, int n,
+           C* __restrict out) {
   for (int i = 0; i < n; ++i) {
     const C x = base[i], y = edited[i], m = mask[i];
     const C mixed = x + m * (y - x);
@@ -300,8 +309,9 @@ void difference(const FrameRows<C>& rows, int n, C eps, C scale, C* __restrict p
 
 // One frame further with the first difference alone: x and slope go from one frame to the next in place.
 template <Norm kNorm, bool kMasked, typename C>
-inline void first_step_of(const C* __restrict z, const C* __restrict ref, const C* __restrict m0, const C* __restrict m1, int n,
-                          C eps, C scale, C* __restrict x, C* __restrict slope, C* __restrict penalty, C* __restrict grad) {
+inline void first_step_of(const C* __restrict z, const C* __restrict ref, const C* __restrict m0,
+                          const C* __restrict m1, int n, C eps, C scale, C* __restrict x, C* __restrict slope,
+                          C* __restrict penalty, C* __restrict grad) {
   for (int i = 0; i < n; ++i) {
     const C next = z[i] - ref[i];
     C value, rise;
@@ -332,8 +342,9 @@ void first_step(const FirstStep<C>& f, int n, C eps, C scale) {
       if constexpr (kMasked) __builtin_prefetch(f.m1 + j + i + f.mask_ahead);
     }
     const int size = n - j < kBlock ? n - j : kBlock;
-    first_step_of<kNorm, kMasked>(f.z + j, f.ref + j, kMasked ? f.m0 + j : nullptr, kMasked ? f.m1 + j : nullptr, size, eps, scale,
-                                  f.x + j, f.slope + j, f.penalty + j, f.grad + j);
+    first_step_of<kNorm, kMasked>(f.z + j, f.ref + j, kMasked ? f.m0 + j : nullptr,
+                                  kMasked ? f.m1 + j : nullptr, size, eps, scale, f.x + j, f.slope + j,
+                                  f.penalty + j, f.grad + j);
   }
 }
 
@@ -396,8 +407,8 @@ void round_bfloat16(const float* __restrict x, int n, uint16_t* __restrict out) 
   }
 }
 
-void select(const uint16_t* __restrict base, const uint16_t* __restrict edited, const float* __restrict mask, int n,
-            uint16_t* __restrict out) {
+void select(const uint16_t* __restrict base, const uint16_t* __restrict edited, const float* __restrict mask,
+            int n, uint16_t* __restrict out) {
   for (int i = 0; i < n; ++i) {
     const uint16_t inside = mask[i] == 1 ? edited[i] : out[i];
     out[i] = mask[i] == 0 ? base[i] : inside;
@@ -470,6 +481,8 @@ const Loops LATENTFAST_JOIN(kLoops_, LATENTFAST_ISA) = {
     round_bfloat16,
     select,
     stream,
+    angles,
+    arc_weights,
 };
 
 }  // namespace latentfast

@@ -1,9 +1,10 @@
-// The inner loops of the CPU kernels, compiled once for every instruction set and picked when the library is loaded.
+// The inner loops of the CPU kernels, compiled once for every instruction set and picked when the library is
+// loaded.
 //
-// They work on short rows in the working precision (float, or double for double); halves are widened row by row. Sums are
-// kept in kLanes accumulators whatever the register width, and nothing is contracted to fused multiply-adds, so every
-// instruction set gives the same bits. Torch-free; loops.cpp may use no inline function that other files share, because
-// the linker could then keep the copy made for a newer processor.
+// They work on short rows in the working precision (float, or double for double); halves are widened row by
+// row. Sums are kept in kLanes accumulators whatever the register width, and nothing is contracted to fused
+// multiply-adds, so every instruction set gives the same bits. Torch-free; loops.cpp may use no inline
+// function that other files share, because the linker could then keep the copy made for a newer processor.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,11 @@ namespace latentfast {
 
 // Element i of a reduced chunk is added to lane i % kLanes.
 constexpr int kLanes = 16;
-// Elements of a row that the loops are given at a time: a handful of such rows fits into the first-level cache.
+// Elements of a row that the loops are given at a time: a handful of such rows fits into the first-level
+// cache.
 constexpr int kTile = 2048;
+
+constexpr double kOrdinaryT = 8.0;
 
 enum class Norm : int { l2 = 0, l1 = 1, charbonnier = 2 };
 
@@ -34,8 +38,9 @@ struct FrameRows {
   const C* mask[3];
 };
 
-// One frame further where first differences are all that is wanted: from the frame x and the slope before it to the frame
-// z − ref and the slope between the two, both in place; `grad` gets the gradient of the frame that is left.
+// One frame further where first differences are all that is wanted: from the frame x and the slope before it
+// to the frame z − ref and the slope between the two, both in place; `grad` gets the gradient of the frame
+// that is left.
 template <typename C>
 struct FirstStep {
   const C *z, *ref;
@@ -60,8 +65,8 @@ struct LoopsOf {
   void (*add_scaled)(const C* x, int n, C w, C* out);
   void (*add_scaled_columns)(const C* x, int n, const C* w, C* out);  // a weight of 0 leaves its element out
 
-  // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be `from`), written around
-  // the caches if `streams`. [masked]
+  // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be
+  // `from`), written around the caches if `streams`. [masked]
   void (*add_steps[2])(const C* from, const Step<C>* steps, int count, int n, C* out, bool streams);
   // base + mask·(edited − base), base where the mask is 0, edited where it is 1.
   void (*blend)(const C* base, const C* edited, const C* mask, int n, C* out);
@@ -85,11 +90,17 @@ struct Loops {
   void (*widen_bfloat16)(const uint16_t* x, int n, float* out);
   void (*round_half)(const float* x, int n, uint16_t* out);
   void (*round_bfloat16)(const float* x, int n, uint16_t* out);
-  // Where mask is 0 the bits of base, where it is 1 those of edited: a half that was widened and rounded again may have lost
-  // those of a NaN. `out` holds the blend elsewhere.
+  // Where mask is 0 the bits of base, where it is 1 those of edited: a half that was widened and rounded
+  // again may have lost those of a NaN. `out` holds the blend elsewhere.
   void (*select)(const uint16_t* base, const uint16_t* edited, const float* mask, int n, uint16_t* out);
   // A copy that goes around the caches: for results that no one reads before they are evicted.
   void (*stream)(const void* x, int64_t bytes, void* out);
+  // Slerp's angles θ and sin θ from |a|², |b|², a·b; `ordinary` is 1 where `arc_weights` serves for |t| ≤
+  // kOrdinaryT, else 0.
+  void (*angles)(const double* aa, const double* bb, const double* ab, int n, double* theta, double* sine,
+                 double* ordinary);
+  // Its weights at t, one value a pair.
+  void (*arc_weights)(const double* theta, const double* sine, const double* t, int n, double* a, double* b);
 };
 
 // The loops in use, and a way to choose an older instruction set: for the tests that compare their bits.

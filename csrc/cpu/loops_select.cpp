@@ -17,8 +17,9 @@ bool runs_here([[maybe_unused]] const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (std::strcmp(isa, "avx512") == 0) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx2") &&
            __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   }
   if (std::strcmp(isa, "avx2") == 0) {
@@ -48,10 +49,12 @@ const Loops& loops() { return *current().load(std::memory_order_relaxed); }
 }  // namespace latentfast
 
 // The name of the instruction set in use.
-extern "C" __attribute__((visibility("default"))) const char* latentfast_cpu_isa() { return latentfast::loops().isa; }
+extern "C" __attribute__((visibility("default"))) const char* latentfast_cpu_isa() {
+  return latentfast::loops().isa;
+}
 
-// Use another instruction set ("avx512", "avx2", "baseline"; null: the best one), for the tests that compare their bits.
-// False, and nothing happens, where this library or this processor has none of that name.
+// Use another instruction set ("avx512", "avx2", "baseline"; null: the best one), for the tests that compare
+// their bits. False, and nothing happens, where this library or this processor has none of that name.
 extern "C" __attribute__((visibility("default"))) bool latentfast_cpu_use_isa(const char* name) {
   const latentfast::Loops* found = latentfast::find(name);
   if (found != nullptr) latentfast::current().store(found);

@@ -1,5 +1,5 @@
-// Rows of at most kTile elements on their way between tensors and the loops: widened to the working precision, rounded back,
-// or put together from a broadcast operand.
+// Rows of at most kTile elements on their way between tensors and the loops: widened to the working
+// precision, rounded back, or put together from a broadcast operand.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -40,7 +40,8 @@ void parallel(int64_t count, int64_t elements_each, F&& f) {
     _mm_sfence();  // what was written around the caches is there before another thread goes on
 #endif
   };
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each)), task);
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_each)),
+                              task);
 }
 
 inline int64_t item_size(ScalarType dtype) {
@@ -112,15 +113,16 @@ void round_row(const Working<T>* row, int n, T* out) {
   }
 }
 
-// Results from this size on are written around the caches: they would drive the inputs out, and be gone themselves before
-// anyone reads them.
+// Results from this size on are written around the caches: they would drive the inputs out, and be gone
+// themselves before anyone reads them.
 constexpr int64_t kStreamedBytes = int64_t(4) << 20;
 
 // A tensor of results, written row by row. An absent one takes no rows.
 template <typename T>
 class Output {
  public:
-  Output(T* data, int64_t numel) : data_(data), streams_(numel * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes) {}
+  Output(T* data, int64_t numel)
+      : data_(data), streams_(numel * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes) {}
 
   explicit operator bool() const { return data_ != nullptr; }
   T& operator[](int64_t i) const { return data_[i]; }
@@ -183,20 +185,23 @@ inline double add_lanes(const double* lanes) {
   return part[0];
 }
 
-// An operand that broadcasts to a target, read along the target's elements. C: the working precision of the kernel.
+// An operand that broadcasts to a target, read along the target's elements. C: the working precision of the
+// kernel.
 template <typename C>
 class Broadcast {
  public:
   // `operand` is contiguous, of dtype `dtype`, and of the shape `shape` aligned at the right with `target`.
   Broadcast(const void* operand, ScalarType dtype, Shape shape, Shape target, const char* name)
       : data_(static_cast<const char*>(operand)), dtype_(dtype) {
-    STD_TORCH_CHECK(join_dims<1>(target, 0, target.dims, {shape}, joined_), name, " has too many broadcast dimensions");
+    STD_TORCH_CHECK(join_dims<1>(target, 0, target.dims, {shape}, joined_), name,
+                    " has too many broadcast dimensions");
     inner_ = joined_.size[joined_.dims - 1];
     varies_ = joined_.stride[0][joined_.dims - 1] != 0;
     size_ = item_size(dtype);
   }
 
-  // Where the operand's values at n elements of the target from `start` on lie side by side; null if they do not.
+  // Where the operand's values at n elements of the target from `start` on lie side by side; null if they do
+  // not.
   const C* direct(int64_t start, int64_t n, int64_t skip = 0) const {
     if (dtype_ != kDtype || !varies_ || inner_ - start % inner_ < n) return nullptr;
     int64_t at[1];

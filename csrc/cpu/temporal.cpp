@@ -1,4 +1,5 @@
-// temporal_loss: every column of frames is walked once; its gradient is written as soon as its last difference is known.
+// temporal_loss: every column of frames is walked once; its gradient is written as soon as its last
+// difference is known.
 //
 // With f1[t] = first/Σw1 · w1[t] ρ'(d1[t]) and f2[t] likewise, the gradient of frame t is
 // f1[t−1] − f1[t] + f2[t−2] − 2 f2[t−1] + f2[t]. Only the three newest rows of anything are kept.
@@ -40,7 +41,8 @@ Totals count_differences(const Clip& clip) {
   return {{columns * std::max<int64_t>(clip.frames - 1, 0), columns * std::max<int64_t>(clip.frames - 2, 0)}};
 }
 
-// The mask's own elements are summed, then multiplied by how often each is used. One entry a sample, or one for all.
+// The mask's own elements are summed, then multiplied by how often each is used. One entry a sample, or one
+// for all.
 template <typename C, typename M>
 std::vector<Totals> weigh_differences(const M* mask, Shape shape, Shape target, int frame_dim) {
   std::vector<int64_t> sizes(target.dims, 1);
@@ -71,11 +73,13 @@ std::vector<Totals> weigh_differences(const M* mask, Shape shape, Shape target, 
     }
   });
   std::vector<Totals> totals(own.samples);
-  const double columns = static_cast<double>(full.outer / own.outer) * static_cast<double>(full.inner / own.inner);
+  const double columns =
+      static_cast<double>(full.outer / own.outer) * static_cast<double>(full.inner / own.inner);
   for (int64_t b = 0; b < own.samples; ++b) {
     for (int order = 0; order < 2; ++order) {
       double total = 0.0;
-      for (int64_t i = 0; i < own.outer * starts; ++i) total += partial[2 * (b * own.outer * starts + i) + order];
+      for (int64_t i = 0; i < own.outer * starts; ++i)
+        total += partial[2 * (b * own.outer * starts + i) + order];
       totals[b].order[order] = total * columns * (still ? std::max<int64_t>(full.frames - 1 - order, 0) : 1);
     }
   }
@@ -95,7 +99,8 @@ struct TemporalLoss {
   double eps, grad_scale;
   Output<T> grad;  // absent: not wanted
 
-  // The penalties of one block of columns, added to `sums`; its gradient, if wanted. The common case: first differences alone.
+  // The penalties of one block of columns, added to `sums`; its gradient, if wanted. The common case: first
+  // differences alone.
   void walk_first(int64_t sample, int64_t outer, int64_t column, int n, double total, double* sums) const {
     const auto& loop = loops_of<C>();
     const auto step = loop.first_step[norm][mask.has_value()];
@@ -118,8 +123,17 @@ struct TemporalLoss {
         C* row = grad.begin(before, wide_grad);
         const int64_t ahead = kIsWide<T> ? clip.inner : 0;
         const bool in_place = mask_now != nullptr && mask_now != weights[t % 2].values;
-        const FirstStep<C> rows{frame, reference, mask_before, mask_now, x.values, slope.values, penalty.values, row,
-                                ahead, ref == nullptr ? 0 : ahead, in_place ? clip.inner : 0};
+        const FirstStep<C> rows{frame,
+                                reference,
+                                mask_before,
+                                mask_now,
+                                x.values,
+                                slope.values,
+                                penalty.values,
+                                row,
+                                ahead,
+                                ref == nullptr ? 0 : ahead,
+                                in_place ? clip.inner : 0};
         step(rows, n, static_cast<C>(eps), scale);
         grad.finish(row, n, before);
         loop.sum(penalty.values, n, lanes);
@@ -140,7 +154,8 @@ struct TemporalLoss {
     const C* frame[3] = {};
     const C* where[3] = {};
     double lanes[2][kLanes] = {};
-    const bool active[2] = {weight[0] != 0.0 && totals.order[0] != 0.0, weight[1] != 0.0 && totals.order[1] != 0.0};
+    const bool active[2] = {weight[0] != 0.0 && totals.order[0] != 0.0,
+                            weight[1] != 0.0 && totals.order[1] != 0.0};
     const int64_t lag = active[1] ? 2 : 1;
 
     for (int64_t t = 0; t < clip.frames; ++t) {
@@ -156,9 +171,11 @@ struct TemporalLoss {
           rows.x[i] = frame[(oldest + i) % 3];
           rows.mask[i] = where[(oldest + i) % 3];
         }
-        const auto difference = (order == 0 ? loop.first_difference : loop.second_difference)[norm][mask.has_value()];
+        const auto difference =
+            (order == 0 ? loop.first_difference : loop.second_difference)[norm][mask.has_value()];
         const double scale = weight[order] * grad_scale / totals.order[order];
-        difference(rows, n, static_cast<C>(eps), static_cast<C>(scale), penalty.values, slopes[order][oldest % 3].values);
+        difference(rows, n, static_cast<C>(eps), static_cast<C>(scale), penalty.values,
+                   slopes[order][oldest % 3].values);
         loop.sum(penalty.values, n, lanes[order]);
       }
       if (grad && t >= lag) write_gradient(sample, outer, column, n, t - lag, active, slopes, wide_grad);
@@ -181,8 +198,8 @@ struct TemporalLoss {
     return buffer.values;
   }
 
-  void write_gradient(int64_t sample, int64_t outer, int64_t column, int n, int64_t t, const bool (&active)[2],
-                      const Rows (&slopes)[2], Row<T>& wide) const {
+  void write_gradient(int64_t sample, int64_t outer, int64_t column, int n, int64_t t,
+                      const bool (&active)[2], const Rows (&slopes)[2], Row<T>& wide) const {
     const auto& loop = loops_of<C>();
     static constexpr C kShares[2][3] = {{-1, 1, 0}, {1, -2, 1}};  // of the slopes at t, t − 1, t − 2
     const int64_t to = clip.row(sample, outer, t) + column;
@@ -233,15 +250,16 @@ struct TemporalLoss {
 
 }  // namespace
 
-void temporal_loss(const View& z, const OptionalView& ref, const OptionalView& mask, double first, double second,
-                   int64_t norm, double eps, double grad_scale, int64_t frame_dim, const View& loss,
-                   const OptionalView& grad) {
+void temporal_loss(const View& z, const OptionalView& ref, const OptionalView& mask, double first,
+                   double second, int64_t norm, double eps, double grad_scale, int64_t frame_dim,
+                   const View& loss, const OptionalView& grad) {
   check_contiguous(z, "z");
   if (ref.has_value()) check_contiguous(*ref, "ref");
   if (mask.has_value()) check_contiguous(*mask, "mask");
   const int dim = static_cast<int>(frame_dim);
   const Shape shape = shape_of(z);
-  STD_TORCH_CHECK(dim > 0 && dim < shape.dims, "frame_dim must name a dimension of z after the first, got ", frame_dim);
+  STD_TORCH_CHECK(dim > 0 && dim < shape.dims, "frame_dim must name a dimension of z after the first, got ",
+                  frame_dim);
   if (loss.numel() == 0) return;
   if (z.numel() == 0) {
     zero(loss);
@@ -249,8 +267,15 @@ void temporal_loss(const View& z, const OptionalView& ref, const OptionalView& m
   }
   dispatch_floating(z.scalar_type(), "temporal_loss", [&]<typename T>() {
     using C = Working<T>;
-    TemporalLoss<T> op{clip_of(shape, dim), data<T>(z), data_or_null<T>(ref),  std::nullopt,
-                       {first, second},     static_cast<int>(norm), eps, grad_scale, Output(mutable_data_or_null<T>(grad), z.numel())};
+    TemporalLoss<T> op{clip_of(shape, dim),
+                       data<T>(z),
+                       data_or_null<T>(ref),
+                       std::nullopt,
+                       {first, second},
+                       static_cast<int>(norm),
+                       eps,
+                       grad_scale,
+                       Output(mutable_data_or_null<T>(grad), z.numel())};
     std::vector<Totals> totals(1, count_differences(op.clip));
     if (mask.has_value()) {
       op.mask.emplace(mask->const_data_ptr(), mask->scalar_type(), shape_of(*mask), shape, "mask");
@@ -258,7 +283,8 @@ void temporal_loss(const View& z, const OptionalView& ref, const OptionalView& m
         totals = weigh_differences<C>(data<M>(*mask), shape_of(*mask), shape, dim);
       });
     }
-    dispatch_wide(loss.scalar_type(), "temporal_loss's loss", [&]<typename L>() { op.run(totals, mutable_data<L>(loss)); });
+    dispatch_wide(loss.scalar_type(), "temporal_loss's loss",
+                  [&]<typename L>() { op.run(totals, mutable_data<L>(loss)); });
   });
 }
 

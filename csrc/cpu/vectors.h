@@ -1,8 +1,10 @@
-// How the interpolation operators walk their vectors: the tensors are (p, n, q, m), see latentfast/_operators.py.
+// How the interpolation operators walk their vectors: the tensors are (p, n, q, m), see
+// latentfast/_operators.py.
 //
-// A vector is n runs of m contiguous elements. Where the runs are long, they are cut into chunks that are reduced one by one
-// and added in order; where they are short and lie side by side, a block of vectors is walked row by row, one sum a column.
-// Which of the two depends on n, q and m alone, so a sample has the same bits in every batch.
+// A vector is n runs of m contiguous elements. Where the runs are long, they are cut into chunks that are
+// reduced one by one and added in order; where they are short and lie side by side, a block of vectors is
+// walked row by row, one sum a column. Which of the two depends on n, q and m alone, so a sample has the same
+// bits in every batch.
 #pragma once
 
 #include <cmath>
@@ -14,9 +16,11 @@
 
 namespace latentfast {
 
-constexpr int64_t kChunk = 16384;        // elements of a partial sum
-constexpr int64_t kFused = 65536;        // vectors up to this size are reduced and used while they are in a core's cache
-constexpr int64_t kGroup = int64_t(1) << 20;  // larger ones are reduced and used in groups of about this many elements
+constexpr int64_t kChunk = 16384;  // elements of a partial sum
+constexpr int64_t kFused =
+    65536;  // vectors up to this size are reduced and used while they are in a core's cache
+constexpr int64_t kGroup = int64_t(1)
+                           << 20;  // larger ones are reduced and used in groups of about this many elements
 constexpr int64_t kShortRun = 64;
 
 struct Vectors {
@@ -49,8 +53,8 @@ void for_rows(const Part& part, F&& f) {
   }
 }
 
-// For every vector v: add up `reduce(part, sums)` over its parts, in order; `finish(v, sums, state)`; `apply(v, part, state)`
-// on its parts. `sums` doubles a part; 0 if there is nothing to reduce.
+// For every vector v: add up `reduce(part, sums)` over its parts, in order; `finish(v, sums, state)`;
+// `apply(v, part, state)` on its parts. `sums` doubles a part; 0 if there is nothing to reduce.
 template <typename State, typename Reduce, typename Finish, typename Apply>
 void reduce_and_apply(const Vectors& x, int sums, Reduce&& reduce, Finish&& finish, Apply&& apply) {
   const int64_t parts = parts_of(x), part_size = x.elements() / parts;
@@ -82,12 +86,14 @@ void reduce_and_apply(const Vectors& x, int sums, Reduce&& reduce, Finish&& fini
     const int64_t size = std::min(group, x.count() - first);
     if (sums > 0) {
       parallel(size * parts, part_size, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) reduce(part_of(x, first + i / parts, i % parts), partial.data() + i * sums);
+        for (int64_t i = begin; i < end; ++i)
+          reduce(part_of(x, first + i / parts, i % parts), partial.data() + i * sums);
       });
     }
     for (int64_t v = 0; v < size; ++v) finish_vector(first + v, partial.data() + v * parts * sums, states[v]);
     parallel(size * parts, part_size, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) apply(first + i / parts, part_of(x, first + i / parts, i % parts), states[i / parts]);
+      for (int64_t i = begin; i < end; ++i)
+        apply(first + i / parts, part_of(x, first + i / parts, i % parts), states[i / parts]);
     });
   }
 }
@@ -125,7 +131,8 @@ inline double add_columns(const double* columns, int64_t vector, int64_t m) {
 // The values of t: K of them, on the host or in a tensor (K, vectors or 1).
 class Times {
  public:
-  Times(const OptionalView& t, std::span<const double> ts) : host_(ts), count_(static_cast<int64_t>(ts.size())) {
+  Times(const OptionalView& t, std::span<const double> ts)
+      : host_(ts), count_(static_cast<int64_t>(ts.size())) {
     if (!t.has_value()) return;
     check_contiguous(*t, "t");
     dtype_ = t->scalar_type();
@@ -141,7 +148,8 @@ class Times {
   double at(int64_t k, int64_t v) const {
     if (data_ == nullptr) return host_[k];
     const int64_t i = k * columns_ + (columns_ > 1 ? v : 0);
-    return dtype_ == ScalarType::Double ? static_cast<const double*>(data_)[i] : static_cast<const float*>(data_)[i];
+    return dtype_ == ScalarType::Double ? static_cast<const double*>(data_)[i]
+                                        : static_cast<const float*>(data_)[i];
   }
 
  private:
@@ -152,7 +160,8 @@ class Times {
   int64_t columns_ = 1;
 };
 
-// Weights this large cancel each other (vectors that are nearly opposite): then elements are combined in float64.
+// Weights this large cancel each other (vectors that are nearly opposite): then elements are combined in
+// float64.
 constexpr double kLargeWeight = 8.0;
 
 inline bool is_delicate(const Weights& w) {

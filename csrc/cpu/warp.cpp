@@ -1,7 +1,7 @@
 // warp_loss: neighbouring frames compared along an optical flow.
 //
-// Where a flow samples is worked out once a sample, for all channels. One thread owns a channel's frames and walks them in
-// order, so the gradient's scatter needs no atomics.
+// Where a flow samples is worked out once a sample, for all channels. One thread owns a channel's frames and
+// walks them in order, so the gradient's scatter needs no atomics.
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +10,8 @@
 namespace latentfast {
 namespace {
 
-// Where one pixel samples the next frame: the four neighbours from `at` on, and the fractions towards the far ones.
+// Where one pixel samples the next frame: the four neighbours from `at` on, and the fractions towards the far
+// ones.
 template <typename C>
 struct Tap {
   int64_t at;  // < 0: outside of the frame
@@ -32,7 +33,8 @@ struct WarpLoss {
   int64_t plane() const { return height * width; }
   // The first element of a plane in a tensor like z with `count` frames.
   int64_t plane_at(int64_t sample, int64_t channel, int64_t t, int64_t count) const {
-    const int64_t i = channels_first ? (sample * channels + channel) * count + t : (sample * count + t) * channels + channel;
+    const int64_t i = channels_first ? (sample * channels + channel) * count + t
+                                     : (sample * count + t) * channels + channel;
     return i * plane();
   }
 
@@ -63,7 +65,8 @@ struct WarpLoss {
       for (int64_t x = 0; x < width; ++x) {
         const int64_t i = y * width + x;
         const C xs = static_cast<C>(x) + shift[0][i], ys = static_cast<C>(y) + shift[1][i];
-        const bool inside = xs >= 0 && xs <= static_cast<C>(width - 1) && ys >= 0 && ys <= static_cast<C>(height - 1);
+        const bool inside =
+            xs >= 0 && xs <= static_cast<C>(width - 1) && ys >= 0 && ys <= static_cast<C>(height - 1);
         if (!inside) {
           taps[i] = {-1, 0, 0, 0, 0};
           continue;
@@ -95,7 +98,8 @@ struct WarpLoss {
   double walk(int64_t sample, int64_t channel, const Tap<C>* taps, double total) const {
     const bool wanted = grad != nullptr;
     const C scale = static_cast<C>(2.0 * grad_scale / total);
-    std::vector<C> weight(mask.has_value() ? plane() : 0), wide_here(kIsWide<T> ? 0 : plane()), wide_next(wide_here);
+    std::vector<C> weight(mask.has_value() ? plane() : 0), wide_here(kIsWide<T> ? 0 : plane()),
+        wide_next(wide_here);
     std::vector<C> here(wanted ? plane() : 0, C(0)), next(here);
     double loss = 0.0;
     for (int64_t t = 0; t < frames; ++t) {
@@ -148,7 +152,8 @@ struct WarpLoss {
       for (int64_t t = 0; t < pairs; ++t) total += partial[t];
       if (total == 0.0) {
         loss[b] = L(0);
-        if (grad != nullptr) std::memset(grad + b * channels * frames * plane(), 0, channels * frames * plane() * sizeof(T));
+        if (grad != nullptr)
+          std::memset(grad + b * channels * frames * plane(), 0, channels * frames * plane() * sizeof(T));
         continue;
       }
       parallel(channels, frames * plane(), [&](int64_t begin, int64_t end) {
@@ -161,12 +166,13 @@ struct WarpLoss {
   }
 };
 
-void warp_loss(const View& z, const View& flow, const OptionalView& mask, double grad_scale, int64_t frame_dim,
-               const View& loss, const OptionalView& grad) {
+void warp_loss(const View& z, const View& flow, const OptionalView& mask, double grad_scale,
+               int64_t frame_dim, const View& loss, const OptionalView& grad) {
   check_contiguous(z, "z");
   check_contiguous(flow, "flow");
   if (mask.has_value()) check_contiguous(*mask, "mask");
-  STD_TORCH_CHECK(z.dim() == 5 && (frame_dim == 1 || frame_dim == 2), "warp_loss takes z of 5 dimensions with frames in 1 or 2");
+  STD_TORCH_CHECK(z.dim() == 5 && (frame_dim == 1 || frame_dim == 2),
+                  "warp_loss takes z of 5 dimensions with frames in 1 or 2");
   if (loss.numel() == 0) return;
   const int64_t frames = z.size(frame_dim);
   if (z.numel() == 0 || frames < 2) {
@@ -178,21 +184,24 @@ void warp_loss(const View& z, const View& flow, const OptionalView& mask, double
   pairs[frame_dim] = frames - 1;
   dispatch_floating(z.scalar_type(), "warp_loss", [&]<typename T>() {
     using C = Working<T>;
-    WarpLoss<T> op{z.size(0),
-                   z.size(3 - frame_dim),
-                   frames,
-                   z.size(3),
-                   z.size(4),
-                   frame_dim == 2,
-                   data<T>(z),
-                   Broadcast<C>(flow.const_data_ptr(), flow.scalar_type(), shape_of(flow), shape_of(flow), "flow"),
-                   std::nullopt,
-                   grad_scale,
-                   mutable_data_or_null<T>(grad)};
+    WarpLoss<T> op{
+        z.size(0),
+        z.size(3 - frame_dim),
+        frames,
+        z.size(3),
+        z.size(4),
+        frame_dim == 2,
+        data<T>(z),
+        Broadcast<C>(flow.const_data_ptr(), flow.scalar_type(), shape_of(flow), shape_of(flow), "flow"),
+        std::nullopt,
+        grad_scale,
+        mutable_data_or_null<T>(grad)};
     if (mask.has_value()) {
-      op.mask.emplace(mask->const_data_ptr(), mask->scalar_type(), shape_of(*mask), Shape{pairs.data(), 5}, "mask");
+      op.mask.emplace(mask->const_data_ptr(), mask->scalar_type(), shape_of(*mask), Shape{pairs.data(), 5},
+                      "mask");
     }
-    dispatch_wide(loss.scalar_type(), "warp_loss's loss", [&]<typename L>() { op.run(mutable_data<L>(loss)); });
+    dispatch_wide(loss.scalar_type(), "warp_loss's loss",
+                  [&]<typename L>() { op.run(mutable_data<L>(loss)); });
   });
 }
 

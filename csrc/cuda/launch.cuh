@@ -2,8 +2,8 @@
 // the card, and loads and stores of 16 bytes, the widest that one thread can make.
 //
 // The library must also load beside a torch that was built without CUDA (that is how `backends.py` can tell
-// the reason), so no symbol of libtorch_cuda is referenced: the few that are needed are looked up at the
-// first launch.
+// the reason), so no symbol of libtorch_cuda is referenced: the one that is needed, the current stream, is
+// looked up at the first launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,21 +29,18 @@ inline void check(cudaError_t status, const char* what) {
 // in torch.
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-// A function of torch's CUDA library.
-template <typename Function>
-Function* find_in_torch(const char* name) {
-  void* found = dlsym(RTLD_DEFAULT, name);
-  if (found == nullptr) {  // torch's libraries may have been loaded with local visibility
-    if (void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD)) found = dlsym(library, name);
-  }
-  STD_TORCH_CHECK(found != nullptr, "this torch has no CUDA: ", name, " cannot be found");
-  return reinterpret_cast<Function*>(found);
-}
-
 // The stream torch is on, for this device and thread: a capturing one while a CUDA graph is recorded.
 inline cudaStream_t current_stream(int device) {
-  static const auto lookup =
-      find_in_torch<AOTITorchError(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
+  using Lookup = AOTITorchError (*)(int32_t, void**);
+  static const Lookup lookup = [] {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* found = dlsym(RTLD_DEFAULT, name);
+    if (found == nullptr) {  // torch's libraries may have been loaded with local visibility
+      if (void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD)) found = dlsym(library, name);
+    }
+    return reinterpret_cast<Lookup>(found);
+  }();
+  STD_TORCH_CHECK(lookup != nullptr, "this torch has no CUDA: its current stream cannot be found");
   void* stream = nullptr;
   STD_TORCH_CHECK(lookup(device, &stream) == 0, "torch did not give its current CUDA stream");
   return static_cast<cudaStream_t>(stream);
@@ -109,31 +106,25 @@ class Target {
   const Device& device;
 };
 
-// Scratch memory from torch's allocator: ordered with the current device's current stream, which are the
-// target's, and part of a CUDA graph that is being captured. It may be freed as soon as the kernels that use
-// it are launched. (An empty tensor would pass the dispatcher, for twice the time.)
+// Scratch memory from torch's allocator: ordered with the stream, and part of a CUDA graph that is being
+// captured. It may be freed as soon as the kernels that use it are launched.
 class Workspace {
  public:
-  Workspace(const Target&, int64_t bytes) {
-    static const auto allocate =
-        find_in_torch<AOTITorchError(uint64_t, void**)>("aoti_torch_cuda_caching_allocator_raw_alloc");
+  Workspace(const Target& target, int64_t bytes) {
     if (bytes == 0) return;
-    STD_TORCH_CHECK(allocate(static_cast<uint64_t>(bytes), &data_) == 0, "cannot allocate ", bytes,
-                    " bytes of scratch memory");
+    const int64_t stride = 1;
+    AtenTensorHandle handle;
+    STD_TORCH_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                             aoti_torch_device_type_cuda(), target.index, &handle) == 0,
+                    "cannot allocate ", bytes, " bytes of scratch memory");
+    tensor_ = Tensor(handle);
+    data_ = tensor_->data_ptr();
   }
-  ~Workspace() {
-    if (data_ == nullptr) return;
-    static const auto free =
-        find_in_torch<AOTITorchError(void*)>("aoti_torch_cuda_caching_allocator_raw_delete");
-    free(data_);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-
   // At a multiple of the allocator's 512 bytes.
   void* data() const { return data_; }
 
  private:
+  std::optional<Tensor> tensor_;
   void* data_ = nullptr;
 };
 

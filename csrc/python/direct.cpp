@@ -7,8 +7,8 @@
 // has happened, and latentfast/ops does the call in the ordinary way, which knows every case and every error
 // message.
 //
-// Both ways end in the same host functions (common/view.h) with the same arguments, so they give the same
-// bits.
+// Both ways end in the same host functions (common/operators.h) with the same arguments, so they give the
+// same bits.
 //
 // Only CPython's limited API and DLPack's C exchange API, which torch.Tensor offers from 2.10 on, are used:
 // one binary serves every Python from 3.10 on and every such torch, and nothing of torch is linked.
