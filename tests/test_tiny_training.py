@@ -9,7 +9,9 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 
 from latentfast.tiny import random_scenes
+from latentfast.tiny.caption import MAX_TOKENS
 from tools.train_tiny import common, models, norm_silu, train_transformer, train_vae, vae_walk
+from tools.train_tiny.pool import CAPTIONS, draw_captions
 
 
 def stirred(module: torch.nn.Module) -> torch.nn.Module:
@@ -72,9 +74,9 @@ def test_training_embeds_text_as_the_pipeline_does() -> None:
 
 def test_caption_pool_is_repeatable_and_fits() -> None:
     scenes = random_scenes(200, two=0.6, generator=torch.Generator().manual_seed(0))
-    ids = train_transformer.draw_captions(scenes, seed=5)
-    assert torch.equal(ids, train_transformer.draw_captions(scenes, seed=5))
-    assert ids.shape == (200, train_transformer.CAPTIONS, train_transformer.MAX_TOKENS)
+    ids = draw_captions(scenes, seed=5, complete=0.4)
+    assert torch.equal(ids, draw_captions(scenes, seed=5, complete=0.4))
+    assert ids.shape == (200, CAPTIONS, MAX_TOKENS)
 
 
 def test_training_clips_window_is_a_part_of_a_whole_picture() -> None:

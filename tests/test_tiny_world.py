@@ -1,4 +1,4 @@
-"""Training in several processes, and the text encoder's auxiliary loss."""
+"""Training in several processes, and the auxiliary losses that bind words to shapes and shapes to places."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from diffusers import WanTransformer3DModel
+
 from latentfast.tiny import Scene, Shape, caption, scene
 from latentfast.tiny.caption import make_tokenizer
 from tools.train_tiny import evaluate, models, train_transformer
 from tools.train_tiny.binding import Binding
 from tools.train_tiny.common import Log
+from tools.train_tiny.grounding import Grounding, coverage
+from tools.train_tiny.pool import draw_captions
 
 ROOT = Path(__file__).parents[1]
 # Each process trains, and then all tell the first one their weights; it compares them.
@@ -85,7 +89,7 @@ def test_text_encoder_learns_binding_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder, probe = models.make_text_encoder(smoke=True), Binding(128)
     table = scene.random_table(256, two=1.0, generator=torch.Generator().manual_seed(0))
-    ids = train_transformer.draw_captions(scene.from_table(table), 0, each=1, complete=1.0)
+    ids = draw_captions(scene.from_table(table), 0, each=1, complete=1.0)
     pool = SimpleNamespace(table=table, ids=ids)
 
     def loss() -> float:
@@ -103,3 +107,41 @@ def test_guidance_is_chosen_among_those_that_keep_one_shape() -> None:
 
     assert evaluate.choose([row(1.5, 0.97, 0.5), row(2.0, 0.94, 0.6), row(3.0, 0.92, 0.9)]) == 2.0
     assert evaluate.choose([row(1.5, 0.91, 0.5), row(2.0, 0.9, 0.9)]) == 1.5
+
+
+def test_coverage_stands_in_the_transformers_order() -> None:
+    masks = torch.zeros(1, 2, 9, 48, 32)
+    masks[0, 0, 0, 32:, 16:] = 1  # the first frame alone, lower right patch
+    masks[0, 1, 5:7, :16, :16] = 1  # two of the four frames of the third latent, upper left patch
+    cover = coverage(masks)
+    assert cover.shape == (1, 2, 3 * 3 * 2)
+    assert cover[0, 0].nonzero().flatten().tolist() == [5] and cover[0, 0, 5] == 1
+    assert cover[0, 1].nonzero().flatten().tolist() == [12] and cover[0, 1, 12] == 0.5
+    tokens = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=12, in_channels=1, out_channels=1,
+        text_dim=4, freq_dim=4, ffn_dim=4, num_layers=1,
+    ).patch_embedding  # fmt: skip
+    torch.nn.init.ones_(tokens.weight)
+    latents = torch.zeros(1, 1, 3, 6, 4)  # a latent pixel is eight of the picture's
+    latents[0, 0, 0, 4:, 2:] = 1
+    seen = (tokens(latents) - tokens(torch.zeros_like(latents))).flatten(2)[0, 0]
+    assert seen.nonzero().flatten().tolist() == [5]
+
+
+def test_grounding_is_least_where_every_token_tells_its_own_shape() -> None:
+    torch.manual_seed(0)
+    table = scene.random_table(4, two=1.0, generator=torch.Generator().manual_seed(1))
+    cover = torch.zeros(4, 2, 6)
+    cover[:, 0, 1] = cover[:, 1, 4] = 1
+    states = torch.randn(4, 6, 64, requires_grad=True)
+    ground = Grounding(64)
+    optimizer = torch.optim.Adam([states, *ground.parameters()], 0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = ground(states, cover, table)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    # The same states for scenes whose two shapes have changed places are wrong.
+    swapped = torch.cat([table[:, 4:8], table[:, :4], table[:, 8:]], 1)
+    assert ground(states, cover, swapped) > 10 * loss

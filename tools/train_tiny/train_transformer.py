@@ -8,9 +8,7 @@ and that number is drawn at random, 512 half of the time.
 
 from __future__ import annotations
 
-import copy
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -22,18 +20,17 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from latentfast.tiny import scene
-from latentfast.tiny.caption import END, MAX_TOKENS, PAD, VOCABULARY, caption, make_tokenizer
+from latentfast.tiny.caption import PAD, VOCABULARY
 from tools.train_tiny.binding import Binding
 from tools.train_tiny.common import Budget, Log, MuonAdamW, Snapshot, amp, captured, millions, synchronize
+from tools.train_tiny.grounding import Grounding, Tap
 from tools.train_tiny.models import FLOW_SHIFT, make_text_encoder, make_transformer
-from tools.train_tiny.train_vae import encode_pool
+from tools.train_tiny.pool import Pool
 from tools.train_tiny.world import GradientMean, World
 
 MUON_RATE, DECAY, EMA = 3.0, 0.01, 0.999
-BATCH, EMPTY_PROMPT = 64, 0.1
-TEXT_BATCH, TEXT_RATE, TEXT_ANCHOR = 256, 1e-3, 0.1
-CAPTIONS = 2  # wordings of each scene
+BATCH = 64
+TEXT_BATCH, TEXT_RATE = 256, 1e-3
 KEYS, LONGEST = 48, 512  # keys of the cross-attention while training; the largest padded length they stand for
 REFRESH, REFRESH_EVERY = 64, 25  # clips drawn anew, and the steps between
 CHECK_EVERY, SAVE_EVERY = 20, 60  # steps between looks at the clock and the loss; seconds between checkpoints
@@ -47,11 +44,12 @@ class Recipe:
     rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     warmup: int = field(default=150, metadata={"help": "steps up to it"})
     hold: float = field(default=0.3, metadata={"help": "share of the budget at it, before a cosine to zero"})
-    two_shapes: float = field(default=0.6, metadata={"help": "share of the scenes that have two shapes"})
-    complete: float = field(default=0.4, metadata={"help": "share of the captions that leave no factor out"})
-    sampler_levels: float = field(default=0.0, metadata={"help": "share of the noise levels spread as the sampler's"})
-    binding: float = field(default=0.0, metadata={"help": "weight of the text encoder's auxiliary loss"})
-    text_steps: int = field(default=0, metadata={"help": "steps on that loss alone, before the transformer's first"})
+    two_shapes: float = field(default=0.65, metadata={"help": "share of the scenes that have two shapes"})
+    complete: float = field(default=0.6, metadata={"help": "share of the captions that leave no factor out"})
+    sampler_levels: float = field(default=0.2, metadata={"help": "share of the noise levels spread as the sampler's"})
+    binding: float = field(default=0.1, metadata={"help": "weight of the text encoder's auxiliary loss"})
+    text_steps: int = field(default=2000, metadata={"help": "steps on that loss alone, before the transformer's first"})
+    grounding: float = field(default=0.05, metadata={"help": "weight of the transformer's auxiliary loss, at the peak"})
     scenes: int = field(default=131072, metadata={"help": "scenes with captions, of each process"})
     clips: int = field(default=16384, metadata={"help": "latents held at a time, by each process"})
 
@@ -89,63 +87,6 @@ def embed(text_encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
     return F.pad(states, (0, 0, 0, KEYS - ids.shape[1]))
 
 
-def draw_captions(
-    scenes: list[scene.Scene], seed: int, each: int = CAPTIONS, complete: float = Recipe.complete
-) -> Tensor:
-    """Token ids (scenes, each, MAX_TOKENS), int16: wordings with no, few or many factors left out."""
-    rng = random.Random(seed)
-    texts = [
-        caption(s, rng, drop=0.0 if rng.random() < complete else rng.uniform(0.1, 0.6))
-        for s in scenes
-        for _ in range(each)
-    ]
-    encoded = make_tokenizer()(
-        texts, padding="max_length", max_length=MAX_TOKENS, truncation=False, return_tensors="pt"
-    )
-    if encoded.input_ids.shape[1] != MAX_TOKENS:
-        raise RuntimeError(f"a caption has {encoded.input_ids.shape[1]} tokens; MAX_TOKENS is {MAX_TOKENS}")
-    return encoded.input_ids.view(len(scenes), each, MAX_TOKENS).to(torch.int16)
-
-
-class Pool:
-    """Latents on the device with the scenes they show; old ones are replaced by clips of scenes not seen before."""
-
-    def __init__(self, vae: AutoencoderKLWan, recipe: Recipe, seed: int, device: str, smoke: bool) -> None:
-        self.vae, self.device, self.smoke = vae, device, smoke
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device)
-        self.mean, self.std = statistics.view(2, 1, -1, 1, 1, 1)
-        scenes, clips = recipe.scenes, recipe.clips
-        table = scene.random_table(scenes, two=recipe.two_shapes, generator=torch.Generator().manual_seed(seed))
-        self.ids = draw_captions(scene.from_table(table), seed, complete=recipe.complete).to(device)
-        self.table = table.to(device)
-        self.empty = torch.full((MAX_TOKENS,), VOCABULARY.index(PAD), device=device)
-        self.empty[0] = VOCABULARY.index(END)
-        self.owner = torch.arange(clips, device=device)
-        self.latents = self._draw(self.owner)
-        self.next_scene, self.next_slot = clips % scenes, 0
-
-    def _draw(self, owners: Tensor) -> Tensor:
-        return (encode_pool(self.vae, self.table[owners], self.device, self.smoke) - self.mean) / self.std
-
-    def refresh(self, n: int) -> None:
-        owners = (self.next_scene + torch.arange(n, device=self.device)) % len(self.table)
-        slots = (self.next_slot + torch.arange(n, device=self.device)) % len(self.owner)
-        self.owner[slots] = owners
-        self.latents[slots] = self._draw(owners)
-        self.next_scene = (self.next_scene + n) % len(self.table)
-        self.next_slot = (self.next_slot + n) % len(self.owner)
-
-    def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (n, 16, T', H', W'), the token ids (n, MAX_TOKENS) of one of their captions, or of the empty
-        prompt, and their factors (n, 10).
-        """
-        slot = torch.randint(0, len(self.owner), (n,), device=self.device)
-        wording = torch.randint(0, self.ids.shape[1], (n,), device=self.device)
-        ids = self.ids[self.owner[slot], wording].long()
-        dropped = torch.rand(n, 1, device=self.device) < EMPTY_PROMPT
-        return self.latents[slot], torch.where(dropped, self.empty, ids), self.table[self.owner[slot]]
-
-
 def noise_levels(n: int, device: str, sampler_levels: float = Recipe.sampler_levels) -> Tensor:
     """Logit-normal with the sampler's shift; a fifth is uniform, so that low noise, where edges form, is not
     starved. A share of ``sampler_levels`` is spread as the sampler's own steps are, a fifth of which lie above
@@ -162,10 +103,10 @@ def teach_text(
     text_encoder: UMT5EncoderModel, probe: Binding, pool: Pool, steps: int, batch: int, log: Log, device: str
 ) -> None:
     """``steps`` on the auxiliary loss alone, hundreds of times cheaper than the transformer's, which then meets words
-    that are bound already. A penalty keeps the embeddings near those that a trained transformer knows.
+    that are bound already: 99.8% of the attributes are read right after 800 steps of 64 captions, against 78% when a
+    transformer had already settled on embeddings from which they cannot be told.
     """
     began = time.time()
-    before = copy.deepcopy(text_encoder)
     rate = torch.full((), 1e-5, device=device)
     named = [(f"text.{n}", p) for n, p in text_encoder.named_parameters()]
     named += [(f"probe.{n}", p) for n, p in probe.named_parameters()]
@@ -173,25 +114,22 @@ def teach_text(
 
     def step() -> Tensor:
         scenes = torch.randint(0, len(pool.table), (batch,), device=device)
-        ids = pool.ids[scenes, 0].long()
+        ids = pool.ids[scenes, torch.randint(0, pool.ids.shape[1], (batch,), device=device)].long()
         with amp(device):
             text = embed(text_encoder, ids)
-            with torch.no_grad():
-                known = embed(before, ids)
-        loss, right = probe(text, ids, pool.table[scenes])
-        drift = (text - known).float().square().mean() / known.float().square().mean()
+        told = probe(text, ids, pool.table[scenes])
         optimizer.zero_grad()
-        (loss + TEXT_ANCHOR * drift).backward()
+        told[0].backward()
         optimizer.step()
-        return torch.stack([loss, right, drift]).detach()
+        return told.detach()
 
     run = captured(step, log, device)
     for i in range(steps):
         rate.fill_(TEXT_RATE * min(1, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) + 1e-6)
         result = run()
         if i % max(1, steps // 4) == 0 or i == steps - 1:
-            loss, right, drift = result.tolist()
-            log(f"text encoder: step {i}, loss {loss:.3f}, binding read {100 * right:.1f}%, drift {drift:.3f}")
+            loss, right = result.tolist()
+            log(f"text encoder: step {i}, loss {loss:.3f}, binding read {100 * right:.1f}%")
     log(f"text encoder: {steps} steps in {time.time() - began:.1f} s")
 
 
@@ -215,16 +153,26 @@ def train(
     """
     began = time.time()
     if smoke:
-        recipe = replace(recipe, scenes=64, clips=16)
+        recipe = replace(recipe, scenes=64, clips=16, text_steps=min(recipe.text_steps, 20))
     batch = 4 if smoke else BATCH
     if start:
         text_encoder, transformer = (m.train() for m in load(start, device, smoke))
     else:
         text_encoder, transformer = make_text_encoder(smoke).to(device), make_transformer(smoke).to(device)
     probe = Binding(text_encoder.config.d_model).to(device)
+    ground = Grounding(transformer.config.num_attention_heads * transformer.config.attention_head_dim).to(device)
     seed += 1000 * world.rank
     torch.manual_seed(seed)  # from here on each process draws its own scenes and noise
-    pool = Pool(vae, recipe, seed, device, smoke)
+    pool = Pool(
+        vae,
+        scenes=recipe.scenes,
+        clips=recipe.clips,
+        two_shapes=recipe.two_shapes,
+        complete=recipe.complete,
+        seed=seed,
+        device=device,
+        smoke=smoke,
+    )
     synchronize(device)
     log(
         f"transformer: {millions(transformer):.2f}M, text encoder {millions(text_encoder):.2f}M; {world.size} x a pool "
@@ -233,13 +181,16 @@ def train(
     named = [(f"text.{n}", p) for n, p in text_encoder.named_parameters()]
     named += [(f"video.{n}", p) for n, p in transformer.named_parameters()]
     released = len(named)
-    if recipe.text_steps:
+    if recipe.text_steps and not start:  # a trained transformer would no longer know the words
         teach_text(text_encoder, probe, pool, recipe.text_steps, 16 if smoke else TEXT_BATCH, log, device)
     if recipe.binding:
-        named += [(f"probe.{n}", p) for n, p in probe.named_parameters()]
+        named += [(f"probe.binding.{n}", p) for n, p in probe.named_parameters()]
+    if recipe.grounding:
+        named += [(f"probe.grounding.{n}", p) for n, p in ground.named_parameters()]
     params = [p for _, p in named]
     world.copy_from_first(params)
     rate, blend = torch.full((), 1e-5, device=device), torch.ones((), device=device)
+    grounding = torch.full((), recipe.grounding, device=device)
     optimizer = MuonAdamW(named, rate, muon_rate=MUON_RATE, decay=DECAY, adamw_names=EMBEDDINGS)
     average = [p.detach().clone() for p in params[:released]]
     cross = PaddedCrossAttention()
@@ -248,7 +199,7 @@ def train(
     cross.bias = torch.zeros(batch, 1, 1, KEYS, device=device)
 
     def gradients() -> Tensor:
-        x, ids, table = pool.sample(batch)
+        x, cover, ids, table = pool.sample(batch)
         noise, level = torch.randn_like(x), noise_levels(batch, device, recipe.sampler_levels)
         s = level.view(-1, 1, 1, 1, 1)
         shorter = torch.exp(math.log(KEYS) + torch.rand(batch, device=device) * math.log(LONGEST / KEYS))
@@ -264,6 +215,8 @@ def train(
             bound, right = probe(text, ids, table)
             total = loss + recipe.binding * bound
             told.append(right.detach())
+        if recipe.grounding:
+            total = total + grounding * ground(middle.states, cover, table)
         optimizer.zero_grad()
         total.backward()
         return torch.stack(told)
@@ -277,8 +230,11 @@ def train(
 
     began = time.time()
     if compile_blocks:
+        transformer.compile_repeated_blocks(fullgraph=True)
+    index = (len(transformer.blocks) - 1) // 2
+    middle = transformer.blocks[index] = Tap(transformer.blocks[index])  # outside of what is compiled
+    if compile_blocks:
         try:
-            transformer.compile_repeated_blocks(fullgraph=True)
             gradients()
             synchronize(device)
         except Exception as e:  # a slower run is better than none
@@ -339,6 +295,7 @@ def train(
         rest = max(0.0, fraction - recipe.hold) / (1 - recipe.hold)
         slope = 0.5 + 0.5 * math.cos(math.pi * rest)
         rate.fill_(recipe.rate * 0.5**restarts * min(1, (step_count + 1) / recipe.warmup) * slope + 1e-6)
+        grounding.fill_(recipe.grounding * slope)  # in the end only the clip counts
         blend.fill_(1 - min(EMA, (step_count + 1) / (step_count + 10)))
         losses.append(run().clone())
         step_count += 1

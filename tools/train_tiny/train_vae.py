@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -161,18 +162,30 @@ def load(path: Path, device: str, smoke: bool = False) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLWan, table: Tensor, device: str, smoke: bool = False, chunk: int = 64) -> Tensor:
-    """The latents' means, not yet normalised, of one rendered clip for each row of the table."""
+def encode_pool(
+    vae: AutoencoderKLWan,
+    table: Tensor,
+    device: str,
+    smoke: bool,
+    about: Callable[[Tensor], Tensor],
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """For one rendered clip for each row of the table: the latent's mean, not yet normalised, and what ``about`` makes
+    of the shapes' masks.
+    """
     size, frames = (32, 5) if smoke else (scene.SIZE, scene.FRAMES)
-    latents = []
+    latents, told = [], []
     for part in table.split(chunk):
+        clips = scene.render(part, size=size, num_frames=frames)
         with amp(device):
-            latents.append(encode_mean(vae, scene.render(part, size=size, num_frames=frames).video).float())
-    return torch.cat(latents)
+            latents.append(encode_mean(vae, clips.video).float())
+        told.append(about(clips.masks))
+    return torch.cat(latents), torch.cat(told)
 
 
 def latent_statistics(vae: AutoencoderKLWan, n: int, device: str, smoke: bool) -> tuple[Tensor, Tensor]:
-    z = encode_pool(vae, scene.random_table(n, two=0.6, device=device), device, smoke)
+    table = scene.random_table(n, two=0.6, device=device)
+    z, _ = encode_pool(vae, table, device, smoke, lambda masks: masks.new_empty(len(masks), 0))
     return z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
 
 
