@@ -36,6 +36,7 @@ def _connected() -> ModuleType | None:
             {
                 "dlpack_exchange_api": torch.Tensor.__dlpack_c_exchange_api__,
                 "Tensor": torch.Tensor,
+                "Parameter": torch.nn.Parameter,
                 "is_neg": torch._C.TensorBase.is_neg,
                 "empty": torch.empty,
                 "float32": torch.float32,
@@ -86,3 +87,4 @@ edit: Callable[..., torch.Tensor | None] = getattr(_library, "edit", _absent)
 blend: Callable[..., torch.Tensor | None] = getattr(_library, "blend", _absent)
 #: Losses, or the pair of losses and gradient.
 temporal_loss: Callable[..., Any] = getattr(_library, "temporal_loss", _absent)
+scaled: Callable[..., torch.Tensor | None] = getattr(_library, "scaled", _absent)

@@ -124,7 +124,7 @@ CASES = {
         "temporal_loss_and_grad", lambda dev, dt: _clip(dev, dt, norm="l1", frame_dim=1)
     ),
 }
-DOORS = ("interpolate", "edit", "blend", "temporal_loss")
+DOORS = ("interpolate", "edit", "blend", "temporal_loss", "scaled")
 
 
 @contextmanager
@@ -195,7 +195,6 @@ class _PassOperators(TorchDispatchMode):
 ODD = {
     "requires grad": lambda x: x.clone().requires_grad_(),
     "a subclass": lambda x: x.clone().as_subclass(_Subclass),
-    "a parameter": lambda x: torch.nn.Parameter(x.clone(), requires_grad=False),
     "not contiguous": lambda x: torch.stack([x, x], -1)[..., 0],
     "negation pending": lambda x: torch._neg_view(-x),
     "a leaf's view": lambda x: x.clone().requires_grad_()[...],
@@ -214,9 +213,46 @@ def test_odd_tensors_go_the_ordinary_way(name: str, odd: str, device: str) -> No
             continue  # an error: see below
         with _answers() as answers:
             result = call(**changed)
-        assert answers == [None], argument
+        # A loss asks once more, from within autograd, where a gradient is wanted.
+        asked_again = case.function == "temporal_loss" and changed[argument].requires_grad
+        assert answers[0] is None and len(answers) == 1 + asked_again, argument
         for x, y in zip(_tensors(result), _tensors(expected), strict=True):
             assert torch.equal(x.detach(), y), argument
+
+
+def test_parameters_are_plain_tensors(device: str) -> None:
+    a, b = _pair(device, torch.float32).values()
+    frozen = torch.nn.Parameter(a.clone(), requires_grad=False)
+    with _answers() as answers:
+        result = latentfast.slerp(frozen, b, 0.5)
+    assert answers[0] is not None and type(result) is Tensor and _same_bits(result, latentfast.slerp(a, b, 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_loss_and_its_gradients_take_the_door_through_autograd(
+    batch: int, reduction: str, dtype: torch.dtype, device: str
+) -> None:
+    z, ref = (_random(device, batch, *SHAPE[1:], dtype=dtype, seed=seed) for seed in (0, 1))
+    mask = _random(device, batch, 1, *SHAPE[2:], dtype=dtype, seed=2).clamp(0, 1)
+    upstream = torch.tensor(-0.37 if reduction == "mean" else [-0.37, 2.5][:batch], dtype=_wide(dtype), device=device)
+
+    def call() -> tuple[Tensor, ...]:
+        leaves = torch.nn.Parameter(z.clone()), ref.clone().requires_grad_()
+        loss = latentfast.temporal_loss(*leaves, mask, first=0.5, second=2.0, reduction=reduction)
+        assert loss.requires_grad
+        loss.backward(upstream)
+        return loss.detach(), leaves[0].grad, leaves[1].grad
+
+    with _answers() as answers:
+        direct = call()
+    losses = 2  # declined because a gradient is wanted, then asked from within autograd
+    assert len(answers) == losses + 2 and answers[0] is None and all(a is not None for a in answers[1:])
+    with _closed():
+        expected = call()
+    for x, y in zip(direct, expected, strict=True):
+        assert _same_bits(x, y)
 
 
 def test_a_gradient_is_wanted_only_in_grad_mode(device: str) -> None:

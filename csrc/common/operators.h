@@ -19,10 +19,15 @@ struct Operators {
                             double second, int64_t norm, double eps, double grad_scale, int64_t frame_dim,
                             const View& loss, const OptionalView& grad);
 
+  using VectorMix = void(const View& x, const View& coefficients, int64_t p, int64_t n, int64_t q, int64_t m,
+                         const View& out);
+
+  size_t size;  // of this table, so that libraries of different builds do not take each other's for theirs
   Interpolate* interpolate;
   Edit* edit;
   Blend* blend;
   TemporalLoss* temporal_loss;
+  VectorMix* vector_mix;
 };
 
 // The table's name in a library: its one exported symbol.
@@ -32,5 +37,6 @@ Operators::Interpolate interpolate;
 Operators::Edit edit;
 Operators::Blend blend;
 Operators::TemporalLoss temporal_loss;
+Operators::VectorMix vector_mix;
 
 }  // namespace latentfast

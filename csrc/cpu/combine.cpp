@@ -1,5 +1,6 @@
 // vector_dots and vector_mix: inner products of N vectors with K others, and K linear combinations of N
 // vectors.
+#include "common/operators.h"
 #include "cpu/vectors.h"
 
 namespace latentfast {
@@ -134,6 +135,8 @@ void vector_dots(const View& x, const View& y, int64_t p, int64_t n, int64_t q, 
   });
 }
 
+}  // namespace
+
 void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, int64_t q, int64_t m,
                 const View& out) {
   check_contiguous(x, "x");
@@ -148,8 +151,6 @@ void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, i
     });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(latentfast, CPU, m) {
   m.impl("vector_dots", LATENTFAST_BOX(vector_dots));

@@ -5,6 +5,7 @@
 // has the order. vector_mix is one pass over the tensors as they lie: it scales the gradient of
 // temporal_loss. A block looks up its vector once; only where its elements belong to several does every pack
 // look up its own.
+#include "../common/operators.h"
 #include "columns.cuh"
 #include "vector_sums.cuh"
 
@@ -153,8 +154,12 @@ void vector_dots(const View& x, const View& y, int64_t p, int64_t n, int64_t q, 
   });
 }
 
-void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, int64_t q, int64_t m,
-                const View& out) {
+}  // namespace
+}  // namespace latentfast::cuda
+
+void latentfast::vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, int64_t q,
+                            int64_t m, const View& out) {
+  using namespace cuda;
   check_contiguous(x, "x");
   check_contiguous(coefficients, "coefficients");
   check_contiguous(out, "out");
@@ -184,11 +189,7 @@ void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, i
   });
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(latentfast, CUDA, m) {
-  m.impl("vector_dots", LATENTFAST_BOX(vector_dots));
-  m.impl("vector_mix", LATENTFAST_BOX(vector_mix));
+  m.impl("vector_dots", LATENTFAST_BOX(latentfast::cuda::vector_dots));
+  m.impl("vector_mix", LATENTFAST_BOX(latentfast::vector_mix));
 }
-
-}  // namespace latentfast::cuda

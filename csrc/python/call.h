@@ -23,7 +23,7 @@ namespace latentfast {
 // What is needed of torch, looked up once by connect().
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;
-  PyObject *tensor_type, *is_neg, *empty;
+  PyObject *tensor_type, *parameter_type, *is_neg, *empty;
   PyObject *grad_enabled, *function_modes, *dispatch_modes, *transforms_active, *tracing;
   PyObject *device, *dtype, *requires_grad;  // names
   PyObject* norms;
@@ -224,8 +224,9 @@ class Call {
 
  private:
   bool read(PyObject* object, DLTensor& x, View& out) const {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != in_torch.tensor_type || !borrow(object, x, out))
-      return false;
+    const auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != in_torch.tensor_type && type != in_torch.parameter_type) return false;  // it may do more
+    if (!borrow(object, x, out)) return false;
     // A tensor's negation may be pending: its memory then holds the opposite of its values.
     if (!is(call(in_torch.is_neg, object), Py_False)) return false;
     return !grad_ || is(Object(PyObject_GetAttr(object, in_torch.requires_grad)), Py_False);

@@ -135,6 +135,28 @@ PyObject* temporal_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   return with_gradient ? PyTuple_Pack(2, loss.tensor.get(), gradient.tensor.get()) : loss.tensor.release();
 }
 
+// scaled(x, coefficients): each sample of x (B, …) times its number, (B,) or one for all, as an autograd
+// engine hands them to a loss's backward pass.
+PyObject* scaled(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !nothing_intervenes()) return decline();
+  Call inputs(true);
+  View x, coefficients;
+  Output out;
+  if (!inputs.first(arguments[0], x) || !inputs.next(arguments[1], coefficients)) return decline();
+  const int64_t rows = coefficients.numel(), samples = rows == 1 ? 1 : x.shape[0], each = x.numel() / samples;
+  const ScalarType wide = x.dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (coefficients.dtype != wide || coefficients.dims > 1 || rows != samples) return decline();
+  if (!inputs.make_like(x, out)) return nullptr;
+  const int64_t stack[] = {1, x.numel()}, shape[] = {1, rows, 1};
+  x.shape = stack;
+  x.dims = 2;
+  coefficients.shape = shape;
+  coefficients.dims = 3;
+  const bool done =
+      launch([&] { inputs.target().vector_mix(x, coefficients, samples, 1, 1, each, out.view); });
+  return done ? out.tensor.release() : nullptr;
+}
+
 // connect(objects): takes the objects of torch that the door uses, by name. None is one that this torch
 // lacks, where the door can do without.
 PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -142,6 +164,7 @@ PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const char* name;
     PyObject** place;
   } wanted[] = {{"Tensor", &in_torch.tensor_type},
+                {"Parameter", &in_torch.parameter_type},
                 {"is_neg", &in_torch.is_neg},
                 {"empty", &in_torch.empty},
                 {"is_grad_enabled", &in_torch.grad_enabled},
@@ -183,7 +206,8 @@ PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 
 // open(device type's number in DLPack, path of the native library or None) -> whether the door is open there
-// now. It stays closed to a library that has no table of operators.
+// now. It stays closed to a library that has no table of operators,
+// or another build's.
 PyObject* open(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const long type = count == 2 ? PyLong_AsLong(arguments[0]) : -1;
   if (type != kDLCPU && type != kDLCUDA) {
@@ -200,6 +224,7 @@ PyObject* open(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       return nullptr;
     }
     found = static_cast<const Operators*>(dlsym(library, kOperatorsSymbol));
+    if (found != nullptr && found->size != sizeof(Operators)) found = nullptr;
   }
   if (in_torch.exchange == nullptr) {
     PyErr_SetString(PyExc_RuntimeError, "connect() comes first");
@@ -213,8 +238,8 @@ PyObject* open(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {LATENTFAST_METHOD(interpolate), LATENTFAST_METHOD(edit),
                          LATENTFAST_METHOD(blend),       LATENTFAST_METHOD(temporal_loss),
-                         LATENTFAST_METHOD(connect),     LATENTFAST_METHOD(open),
-                         {nullptr, nullptr, 0, nullptr}};
+                         LATENTFAST_METHOD(scaled),      LATENTFAST_METHOD(connect),
+                         LATENTFAST_METHOD(open),        {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_native_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -18,14 +18,14 @@ def _loss_dtype(z: Tensor) -> torch.dtype:
 
 
 class _Temporal(torch.autograd.Function):
-    """The losses of a batch (B,), for `temporal_loss` and `warp_loss`: both make the gradient in their forward
-    pass."""
+    """A loss of `operator`, reduced; its gradient is made in the forward pass, and backward scales it."""
 
     @staticmethod
-    def forward(ctx, z, other, operator, arguments):
-        loss, grad = _run(operator, z, arguments, 1.0, True, False)
+    def forward(ctx, z, other, operator, arguments, reduction):
+        scale = 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
+        loss, grad = _run(operator, z, arguments, scale, True, _single(z, reduction))
         ctx.save_for_backward(grad)
-        return loss
+        return _reduced(loss, reduction)
 
     @staticmethod
     @once_differentiable
@@ -35,18 +35,36 @@ class _Temporal(torch.autograd.Function):
         return (
             _scaled(grad, upstream) if want_z else None,
             _scaled(grad, -upstream) if want_other else None,
-            None,
-            None,
+            *[None] * (len(ctx.needs_input_grad) - 2),
         )
 
 
+class _DirectTemporal(torch.autograd.Function):
+    """The same through the direct door, which checks the arguments itself; None where it declines."""
+
+    backward = staticmethod(_Temporal.backward)
+
+    @staticmethod
+    def forward(ctx, z, other, mask, options):
+        made = _direct.temporal_loss(z, other, mask, *options, True)
+        if made is None:
+            return None
+        loss, grad = made
+        ctx.save_for_backward(grad)
+        return _reduced(loss, options[-1])
+
+
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """Each sample's gradient times its number, in float32 and rounded once."""
+    """Each sample's gradient times its number, or times the one there is, in float32 and rounded once."""
+    if _direct.enabled and not torch.compiler.is_dynamo_compiling():
+        made = _direct.scaled(grad, upstream)
+        if made is not None:
+            return made
     out = torch.empty_like(grad)
-    batch = grad.shape[0]
-    width = grad.numel() // batch if batch else 0
-    coefficients = upstream.reshape(1, batch, 1).contiguous()
-    implementation("vector_mix", grad)(grad.unsqueeze(0), coefficients, batch, 1, 1, width, out)
+    samples = upstream.numel()
+    width = grad.numel() // samples if samples else 0
+    coefficients = upstream.reshape(1, samples, 1).contiguous()
+    implementation("vector_mix", grad)(grad.unsqueeze(0), coefficients, samples, 1, 1, width, out)
     return out
 
 
@@ -92,8 +110,12 @@ def _checked_frame_dim(z: Tensor, frame_dim: int) -> int:
     return wrapped
 
 
+def _wants_gradient(*tensors: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+
+
 def _frozen(name: str, x: Tensor | None) -> None:
-    if x is not None and x.requires_grad and torch.is_grad_enabled():
+    if _wants_gradient(x):
         raise ValueError(f"{name} requires grad, but the loss is not differentiable in {name}; pass {name}.detach()")
 
 
@@ -181,12 +203,15 @@ def temporal_loss(
         made = _direct.temporal_loss(z, ref, mask, first, second, norm, eps, frame_dim, reduction, False)
         if made is not None:
             return _reduced(made, reduction)
+        if _wants_gradient(z, ref) and not _wants_gradient(mask):
+            loss = _DirectTemporal.apply(z, ref, mask, (first, second, norm, eps, frame_dim, reduction))
+            if loss is not None:
+                return loss
     z, arguments = _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduction)
     ref = arguments[0]
-    if torch.is_grad_enabled() and (z.requires_grad or (ref is not None and ref.requires_grad)):
-        loss = _Temporal.apply(z, ref, "temporal_loss", arguments)
-    else:
-        loss, _ = _run("temporal_loss", z, arguments, 1.0, False, _single(z, reduction))
+    if _wants_gradient(z, ref):
+        return _Temporal.apply(z, ref, "temporal_loss", arguments, reduction)
+    loss, _ = _run("temporal_loss", z, arguments, 1.0, False, _single(z, reduction))
     return _reduced(loss, reduction)
 
 
@@ -312,8 +337,7 @@ def warp_loss(
         _frozen("mask", mask)
     z = z.contiguous()
     arguments = (flow.contiguous(), mask, frame_dim)
-    if torch.is_grad_enabled() and z.requires_grad:
-        loss = _Temporal.apply(z, None, "warp_loss", arguments)
-    else:
-        loss, _ = _run("warp_loss", z, arguments, 1.0, False, _single(z, reduction))
+    if _wants_gradient(z):
+        return _Temporal.apply(z, None, "warp_loss", arguments, reduction)
+    loss, _ = _run("warp_loss", z, arguments, 1.0, False, _single(z, reduction))
     return _reduced(loss, reduction)
