@@ -17,15 +17,8 @@ def _loss_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-class _Temporal(torch.autograd.Function):
-    """A loss of `operator`, reduced; its gradient is made in the forward pass, and backward scales it."""
-
-    @staticmethod
-    def forward(ctx, z, other, operator, arguments, reduction):
-        scale = 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
-        loss, grad = _run(operator, z, arguments, scale, True, _single(z, reduction))
-        ctx.save_for_backward(grad)
-        return _reduced(loss, reduction)
+class _Loss(torch.autograd.Function):
+    """A reduced loss whose gradient was made, and saved, in its forward pass: backward scales it."""
 
     @staticmethod
     @once_differentiable
@@ -39,10 +32,17 @@ class _Temporal(torch.autograd.Function):
         )
 
 
-class _DirectTemporal(torch.autograd.Function):
-    """The same through the direct door, which checks the arguments itself; None where it declines."""
+class _Temporal(_Loss):
+    @staticmethod
+    def forward(ctx, z, other, operator, arguments, reduction):
+        scale = 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
+        loss, grad = _run(operator, z, arguments, scale, True, _single(z, reduction))
+        ctx.save_for_backward(grad)
+        return _reduced(loss, reduction)
 
-    backward = staticmethod(_Temporal.backward)
+
+class _DirectTemporal(_Loss):
+    """Through the direct door, which checks the arguments itself; None where it declines."""
 
     @staticmethod
     def forward(ctx, z, other, mask, options):
