@@ -37,13 +37,17 @@ from collections.abc import Callable
 
 import torch
 
+#: The layout's sizes: symbols to torch.compile, so that other shapes need no other graph. Native libraries get them as
+#: integers; that torch's stable ABI hands them over was seen from 2.13 on. Before, other sizes compile again.
+_SIZE = "SymInt" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "int"
+_SIZES = ", ".join(f"{_SIZE} {name}" for name in "pnqm")
+
 SCHEMAS: dict[str, str] = {
-    "interpolate": "(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, int p, int n, int q, int m, "
-    "Tensor(a!) out) -> ()",
+    "interpolate": f"(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, {_SIZES}, Tensor(a!) out) -> ()",
     "interpolate_bwd": "(Tensor grad, Tensor a, Tensor b, Tensor? t, float[] ts, int kind, "
-    "int p, int n, int q, int m, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
-    "vector_dots": "(Tensor x, Tensor y, int p, int n, int q, int m, Tensor(a!) out) -> ()",
-    "vector_mix": "(Tensor x, Tensor coefficients, int p, int n, int q, int m, Tensor(a!) out) -> ()",
+    f"{_SIZES}, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
+    "vector_dots": f"(Tensor x, Tensor y, {_SIZES}, Tensor(a!) out) -> ()",
+    "vector_mix": f"(Tensor x, Tensor coefficients, {_SIZES}, Tensor(a!) out) -> ()",
     "edit": "(Tensor z, Tensor directions, Tensor? strengths, float[] host_strengths, Tensor? mask, "
     "Tensor(a!) out) -> ()",
     "blend": "(Tensor base, Tensor edited, Tensor mask, Tensor(a!) out) -> ()",
