@@ -124,7 +124,8 @@ struct Editing {
         const int64_t stop = std::min(start + kPiece, (sample + 1) * each);
         if (add_directly(sample, start, static_cast<int>(stop - start))) continue;
         for (int64_t at = start; at < stop; at += kTile) {
-          add_by_row(sample, at, static_cast<int>(std::min<int64_t>(kTile, stop - at)));
+          const int n = static_cast<int>(std::min<int64_t>(kTile, stop - at));
+          if (!add_directly(sample, at, n)) add_by_row(sample, at, n);
         }
       }
     });
@@ -169,20 +170,19 @@ void blend(const View& base, const View& edited, const View& mask, const View& o
     const int64_t numel = base.numel();
     const Output<T> to(mutable_data<T>(out), numel);
     parallel(ceil_div(numel, kTile), kTile, [&](int64_t begin, int64_t end) {
-      Row<T> wide_x, wide_y, mixed;
+      [[maybe_unused]] Row<T> wide_x, wide_y, mixed;
       Row<C> weight;
       [[maybe_unused]] alignas(64) T packed[kTile];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i * kTile;
         const int n = static_cast<int>(std::min<int64_t>(kTile, numel - start));
         const C* m = where.read(start, n, weight.values);
-        C* row = to.begin(start, mixed);
-        loop.blend(widen(x + start, n, wide_x), widen(y + start, n, wide_y), m, n, row);
         if constexpr (kIsWide<T>) {
-          to.finish(row, n, start);
+          loop.blend(x + start, y + start, m, n, &to[start], to.streams());
         } else {
+          loop.blend(widen(x + start, n, wide_x), widen(y + start, n, wide_y), m, n, mixed.values, false);
           const auto bits = [](const T* values) { return reinterpret_cast<const uint16_t*>(values); };
-          round_row(row, n, packed);
+          round_row(mixed.values, n, packed);
           loops().select(bits(x + start), bits(y + start), m, n, reinterpret_cast<uint16_t*>(packed));
           to.copy(packed, n, start);
         }

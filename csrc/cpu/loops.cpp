@@ -4,27 +4,13 @@
 #include <cstring>
 
 #include "cpu/loops_arc.h"
-#if defined(__x86_64__)
-#include <immintrin.h>
-// gcc warns of the undefined operand inside its own AVX-512 intrinsics (its bug 105593)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
+#include "cpu/loops_rows.h"
 #ifndef LATENTFAST_ISA
 #error "compile with -DLATENTFAST_ISA=<name>"
 #endif
 
 namespace latentfast {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
 
 // ---- reductions: explicit registers, so that the lanes are the same whatever their width ----
 
@@ -143,111 +129,6 @@ void add_scaled(const C* __restrict x, int n, C w, C* __restrict out) {
 template <typename C>
 void add_scaled_columns(const C* __restrict x, int n, const C* __restrict w, C* __restrict out) {
   for (int i = 0; i < n; ++i) out[i] += w[i] == 0 ? 0 : w[i] * x[i];
-}
-
-// How far ahead the rows of long streams are fetched, in bytes: several streams at once outrun what the
-// hardware does alone.
-constexpr int kAhead = 4096;
-
-template <typename C>
-using Vector __attribute__((vector_size(kBytes))) = C;
-
-template <typename C>
-inline Vector<C> load(const C* x) {
-  Vector<C> out;
-  std::memcpy(&out, x, sizeof out);
-  return out;
-}
-
-inline void store_around(void* to, const void* from) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#elif defined(__AVX__)
-  _mm256_stream_si256(static_cast<__m256i*>(to), _mm256_loadu_si256(static_cast<const __m256i*>(from)));
-#elif defined(__x86_64__)
-  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
-#else
-  std::memcpy(to, from, kBytes);
-#endif
-}
-
-// Bytes before `x` is aligned for store_around.
-inline int64_t unaligned_bytes(const void* x) {
-  return (kBytes - reinterpret_cast<intptr_t>(x) % kBytes) % kBytes;
-}
-
-template <int kCount, bool kMasked, bool kStreams, typename C>
-void add_steps_of(const C* from, const Step<C>* steps, int n, C* out) {
-  constexpr int kStep = kBytes / sizeof(C), kLine = 64 / sizeof(C);
-  const C* direction[kCount];
-  const C* mask[kCount];
-  C strength[kCount];
-  for (int k = 0; k < kCount; ++k) {
-    direction[k] = steps[k].direction;
-    mask[k] = steps[k].mask;
-    strength[k] = steps[k].strength;
-  }
-  int i = 0;
-  for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
-    for (int k = 0; k < kCount; ++k)
-      __builtin_prefetch(reinterpret_cast<const char*>(direction[k] + i) + kAhead);
-    for (int j = i; j < i + kLine; j += kStep) {
-      Vector<C> value = load(from + j);
-      for (int k = 0; k < kCount; ++k) {
-        const Vector<C> step = strength[k] * load(direction[k] + j);
-        value += kMasked ? load(mask[k] + j) * step : step;
-      }
-      if constexpr (kStreams) {
-        store_around(out + j, &value);
-      } else {
-        std::memcpy(out + j, &value, sizeof value);
-      }
-    }
-  }
-  for (; i < n; ++i) {
-    C value = from[i];
-    for (int k = 0; k < kCount; ++k) {
-      const C step = strength[k] * direction[k][i];
-      value += kMasked ? mask[k][i] * step : step;
-    }
-    out[i] = value;
-  }
-}
-
-template <int kCount, bool kMasked, typename C>
-void add_steps_to(const C* from, const Step<C>* steps, int n, C* out, bool streams) {
-  if (streams && unaligned_bytes(out) == 0) {
-    add_steps_of<kCount, kMasked, true>(from, steps, n, out);
-  } else {
-    add_steps_of<kCount, kMasked, false>(from, steps, n, out);
-  }
-}
-
-template <bool kMasked, typename C>
-void add_steps(const C* from, const Step<C>* steps, int count, int n, C* out, bool streams) {
-  static_assert(kSteps == 4);
-  switch (count) {
-    case 1:
-      return add_steps_to<1, kMasked>(from, steps, n, out, streams);
-    case 2:
-      return add_steps_to<2, kMasked>(from, steps, n, out, streams);
-    case 3:
-      return add_steps_to<3, kMasked>(from, steps, n, out, streams);
-    default:
-      return add_steps_to<4, kMasked>(from, steps, n, out, streams);
-  }
-}
-
-template <typename C>
-void blend(const C* __restrict base, const C* __restrict edited, const C* __restrict mask, int n,
-           C* __restrict out) {
-  for (int i = 0; i < n; ++i) {
-    const C x = base[i], y = edited[i], m = mask[i];
-    const C mixed = x + m * (y - x);
-    const C inside = m == 1 ? y : mixed;
-    out[i] = m == 0 ? x : inside;
-  }
 }
 
 template <typename C>

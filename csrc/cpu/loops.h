@@ -68,8 +68,8 @@ struct LoopsOf {
   // out = from + Σ mask·(strength·direction) over `count` ≤ kSteps directions, in order (`out` may be
   // `from`), written around the caches if `streams`. [masked]
   void (*add_steps[2])(const C* from, const Step<C>* steps, int count, int n, C* out, bool streams);
-  // base + mask·(edited − base), base where the mask is 0, edited where it is 1.
-  void (*blend)(const C* base, const C* edited, const C* mask, int n, C* out);
+  // base + mask·(edited − base), base where the mask is 0, edited where it is 1; `streams` as above.
+  void (*blend)(const C* base, const C* edited, const C* mask, int n, C* out, bool streams);
 
   // Temporal differences: the weighted penalties, and scale·(their slopes). [norm][masked]
   using Difference = void (*)(const FrameRows<C>& rows, int n, C eps, C scale, C* penalty, C* slope);

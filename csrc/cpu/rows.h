@@ -114,8 +114,9 @@ void round_row(const Working<T>* row, int n, T* out) {
   }
 }
 
-// Results from this size on are written around the caches: they would drive the inputs out, and be gone
-// themselves before anyone reads them.
+// Results from this size on are written around the caches: else their old contents would be read first, as
+// much memory traffic again. Smaller ones are left in a cache for whoever reads them next; of larger ones
+// that reader would find a part there at best, which is worth less than the reading saved.
 constexpr int64_t kStreamedBytes = int64_t(4) << 20;
 
 // A tensor of results, written row by row. An absent one takes no rows.
