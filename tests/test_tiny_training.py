@@ -46,10 +46,10 @@ def test_one_weighted_key_stands_for_all_padding(total: int) -> None:
     text[0, 10:], text[1, 25:] = 0, 0
     padded = F.pad(text, (0, 0, 0, total - train_transformer.KEYS))
     wanted = transformer(latent, timestep=level, encoder_hidden_states=padded, return_dict=False)[0]
-    cross = train_transformer.PaddedCrossAttention()
-    cross.bias = train_transformer.key_bias(torch.full((2,), float(total)))
+    attention = train_transformer.Attention()
+    attention.bias = train_transformer.key_bias(torch.full((2,), float(total)))
     for block in transformer.blocks:
-        block.attn2.processor = cross
+        block.attn1.processor = block.attn2.processor = attention
     got = transformer(latent, timestep=level, encoder_hidden_states=text, return_dict=False)[0]
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 

@@ -30,7 +30,7 @@ def coverage(masks: Tensor) -> Tensor:
 
 
 class Tap(nn.Module):
-    """A block of the transformer that keeps its last result."""
+    """A block of the transformer that keeps its last result until it is taken."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -40,6 +40,11 @@ class Tap(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         self.states = self.block(*args, **kwargs)
         return self.states
+
+    def take(self) -> Tensor:
+        """The result; what kept it would keep the whole step's graph, and with it a stream that no capture may use."""
+        states, self.states = self.states, None
+        return states
 
 
 class Grounding(nn.Module):
