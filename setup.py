@@ -21,10 +21,17 @@ from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # --no-build-isolation does not look at what pyproject.toml requires
+    raise SystemExit(
+        f"setuptools 77 or newer is needed, found {setuptools.__version__}: pip install 'setuptools>=77'"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 WORK = ROOT / "build" / "native"
