@@ -247,7 +247,8 @@ def test_a_loss_and_its_gradients_take_the_door_through_autograd(
 
     with _answers() as answers:
         direct = call()
-    losses = 2  # declined because a gradient is wanted, then asked from within autograd
+    # Declined because a gradient is wanted, then asked from within autograd; a float16 gradient needs its headroom.
+    losses = 1 if dtype == torch.float16 else 2
     assert len(answers) == losses + 2 and answers[0] is None and all(a is not None for a in answers[1:])
     with _closed():
         expected = call()

@@ -357,3 +357,24 @@ def test_warp_masks_hide_anything(target: Target) -> None:
     one, other = (gradients(partial(latentfast.warp_loss, flow=flow, mask=mask), {"z": x}, ["z"]) for x in (z, spoilt))
     assert same_bits(one[0], other[0])
     assert same_bits(one[1]["z"], other[1]["z"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_scaled_loss_keeps_the_digits_of_a_float16_gradient(target: Target, reduction: str) -> None:
+    """Gradients of a mean over many elements are below float16's smallest numbers; scaling the loss, as training in
+    half precision does, has to save them.
+    """
+    draw = Draw(torch.float16, target.device, seed=1)
+    z = 0.01 * draw.normal(2, 16, 5, 64, 64)
+    flow, visible = draw.normal(2, 2, 4, 64, 64), draw.uniform(2, 1, 4, 64, 64)
+    losses = {
+        "temporal_loss": lambda fn, x: fn.temporal_loss(x, second=0.5, reduction=reduction),
+        "warp_loss": lambda fn, x: fn.warp_loss(x, flow.to(x.dtype), visible.to(x.dtype), reduction=reduction),
+    }
+    for name, loss in losses.items():
+        got, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+        (65536 * loss(latentfast, got)).sum().backward()
+        (65536 * loss(reference.temporal, exact)).sum().backward()
+        assert exact.grad.abs().max() < 65536 * 2**-14, "the case is too easy: float16 holds these gradients unscaled"
+        error = (got.grad.double() - exact.grad).abs().max() / exact.grad.abs().max()
+        assert error < 2**-10, f"{name}: {error:.1e}"  # two roundings of half a unit in the last place each

@@ -17,6 +17,11 @@ def _loss_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
+# A mean over many elements has gradients below float16's smallest numbers. They are saved larger by this much, a power
+# of two, so that a loss scaled up later finds all their digits.
+_HEADROOM = 1024.0
+
+
 class _Loss(torch.autograd.Function):
     """A reduced loss whose gradient was made, and saved, in its forward pass: backward scales it."""
 
@@ -24,6 +29,8 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
+        if grad.dtype == torch.float16:
+            upstream = upstream / _HEADROOM
         want_z, want_other = ctx.needs_input_grad[:2]
         return (
             _scaled(grad, upstream) if want_z else None,
@@ -36,6 +43,8 @@ class _Temporal(_Loss):
     @staticmethod
     def forward(ctx, z, other, operator, arguments, reduction):
         scale = 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
+        if z.dtype == torch.float16:
+            scale *= _HEADROOM
         loss, grad = _run(operator, z, arguments, scale, True, _single(z, reduction))
         ctx.save_for_backward(grad)
         return _reduced(loss, reduction)
@@ -203,7 +212,8 @@ def temporal_loss(
         made = _direct.temporal_loss(z, ref, mask, first, second, norm, eps, frame_dim, reduction, False)
         if made is not None:
             return _reduced(made, reduction)
-        if _wants_gradient(z, ref) and not _wants_gradient(mask):
+        plain = isinstance(z, Tensor) and z.dtype != torch.float16
+        if plain and _wants_gradient(z, ref) and not _wants_gradient(mask):
             loss = _DirectTemporal.apply(z, ref, mask, (first, second, norm, eps, frame_dim, reduction))
             if loss is not None:
                 return loss
