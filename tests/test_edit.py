@@ -10,7 +10,7 @@ from hypothesis import given
 
 import latentfast
 from latentfast import reference
-from tests.helpers import DTYPES, HALVES, Draw, Target, assert_matches_spec, same_bits
+from tests.helpers import DTYPES, HALVES, Draw, Target, assert_matches_spec, same_bits, working_dtype
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 shapes = st.tuples(*[st.sampled_from([1, 2, 3, 5, 7])] * 5)
@@ -129,6 +129,20 @@ def test_edit_broadcasts(per_sample: bool, mask: str | None, directions: str, ta
     }
     if mask is not None:
         inputs["mask"] = draw.mask(*MASKS[mask])
+    assert_matches_spec(latentfast.edit(**inputs), reference.edit.edit, inputs)
+
+
+@every_dtype
+@pytest.mark.parametrize("mask_batch", [1, 8])
+def test_edit_of_each_sample_by_its_own_strengths(mask_batch: int, dtype: torch.dtype, target: Target) -> None:
+    """Directions that channels share, and a mask that samples may share: neither makes the strengths common."""
+    draw = Draw(dtype, target.device)
+    inputs = {
+        "z": draw.normal(8, 4, 3, 4, 16),
+        "directions": draw.normal(3, 8, 1, 3, 4, 16),
+        "strengths": draw.normal(3, 8).to(working_dtype(dtype)),
+        "mask": draw.mask(mask_batch, 1, 3, 4, 16),
+    }
     assert_matches_spec(latentfast.edit(**inputs), reference.edit.edit, inputs)
 
 

@@ -9,8 +9,7 @@
 //   position does not depend on the sample. The thread makes it once, keeps it in registers and repeats over
 //   the batch ("hoisted"), so that N directions cost one read in all.
 // - A mask that channels share, (B, 1, T, H, W): where directions differ by sample the thread repeats over
-//   the channels and finds the mask in L1; where the batch is walked, the warps of a block take neighbouring
-//   channels of one position.
+//   the channels and finds the mask in L1; where the batch is walked, it takes a few channels at once.
 // - Anything else (rows that are no multiple of a vector, unaligned pointers, double): the same walk, an
 //   element at a time.
 //
@@ -27,9 +26,11 @@ namespace latentfast::cuda {
 namespace {
 
 constexpr int kHostStrengths = 32;  // handed to the kernel by value; more go through device memory
-constexpr int kGroup = 2;           // rows a thread takes with the step hoisted, where they share the mask
+// Rows a thread takes with the step hoisted, where they share the mask: as many as the registers do.
+template <typename T, typename M>
+constexpr int kGroup = sizeof(M) > sizeof(T) ? 2 : 4;
 enum MaskKind : int { kNoMask, kOneMask, kMaskEach };
-enum Directions : int { kHoisted, kSingle, kSeveral };  // made into a step before the repeats; N == 1; any N
+enum Directions : int { kSingle, kSeveral };  // N == 1; any N
 enum Operand : int { kZ, kDirection, kMask, kStrength };
 
 // Never contracted: what is added may be a product here and a longer sum in another of the kernels.
@@ -50,15 +51,101 @@ struct EditParams {
   C host[kHostStrengths];
 };
 
-// G: the rows a thread takes, which share the mask.
-template <typename T, typename M, int V, int kMaskKind, int kDirections, int G>
-__global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
-    edit_kernel(const __grid_constant__ EditParams<T> p) {
+template <typename T>
+__device__ __forceinline__ Wide<T> strength_of(const EditParams<T>& p, const Spot<4>& spot, int64_t n,
+                                               int64_t r) {
+  return p.strengths == nullptr ? p.host[n]
+                                : p.strengths[n * p.strength_stride + spot.offset[kStrength] +
+                                              r * p.walk.repeat_stride[kStrength]];
+}
+
+// The step made once, for G rows that share the mask. Each pass of the loop uses what was loaded U repeats
+// ago and loads what will be used in as many: the memory is never left without work. kPlain: no operand is
+// constant along the row, so that nothing branches between the loads.
+template <typename T, typename M, int V, bool kMasked, int G, bool kPlain>
+__global__ void __launch_bounds__(kWalkThreads, kPlain ? 2 : 1)
+    hoisted_kernel(const __grid_constant__ EditParams<T> p) {
   using C = Wide<T>;
-  constexpr bool kHoist = kDirections == kHoisted;
-  static_assert(G == 1 || kHoist);
-  // repeats whose loads are in flight together
-  constexpr int U = (kHoist && G == 1) || V == 1 ? 4 : 2;
+  constexpr int U = kPlain ? 2 : 4;
+  const Walk<4>& walk = p.walk;
+  Spot<4> spot;
+  if (!locate<V>(walk, spot)) return;
+
+  const int64_t direction_inner = kPlain ? 1 : walk.inner_stride[kDirection];
+  [[maybe_unused]] const int64_t mask_inner = kPlain ? 1 : walk.inner_stride[kMask];
+  struct {
+    Raw<T, V> z[G];
+    Raw<M, V> mask;
+  } ahead[U];
+  const int64_t begin = spot.offset[kZ] + spot.first * walk.repeat_stride[kZ];
+  const T* z = p.z + begin;
+  T* out = p.out + begin;
+  const M* mask = static_cast<const M*>(p.mask) + spot.offset[kMask] + spot.first * walk.repeat_stride[kMask];
+  const auto load = [&](auto& to) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) load_raw<true>(to.z[g], z + g * walk.group_stride[kZ]);
+    z += walk.repeat_stride[kZ];
+    if constexpr (kMasked) {
+      load_row<false>(to.mask, mask, mask_inner);
+      mask += walk.repeat_stride[kMask];
+    }
+  };
+  const int repeats = static_cast<int>(spot.last - spot.first);
+  // before the directions: memory answers both at once
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (u < repeats) load(ahead[u]);
+  }
+
+  C step[G][V] = {};
+  const T* directions = p.directions + spot.offset[kDirection];
+#pragma unroll 4 / G
+  for (int64_t n = 0; n < p.count; ++n) {
+    Raw<T, V> raw[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      load_row<true>(raw[g], directions + g * walk.group_stride[kDirection], direction_inner);
+    }
+    directions += p.direction_stride;
+    const C s = strength_of(p, spot, n, 0);
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      C d[V];
+      fill_row(raw[g], direction_inner);
+      widen_raw(raw[g], d);
+#pragma unroll
+      for (int v = 0; v < V; ++v) step[g][v] = fma(s, d[v], step[g][v]);
+    }
+  }
+
+  for (int r = 0; r < repeats; r += U) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (r + u >= repeats) return;
+      C x[G][V], w[V];
+      if constexpr (kMasked) {
+        fill_row(ahead[u].mask, mask_inner);
+        widen_raw(ahead[u].mask, w);
+      }
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        widen_raw(ahead[u].z[g], x[g]);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          x[g][v] = kMasked ? fma(w[v], step[g][v], x[g][v]) : rounded_sum(x[g][v], step[g][v]);
+      }
+      if (r + u + U < repeats) load(ahead[u]);
+#pragma unroll
+      for (int g = 0; g < G; ++g) store_narrow(out + g * walk.group_stride[kZ], x[g]);
+      out += walk.repeat_stride[kZ];
+    }
+  }
+}
+
+template <typename T, typename M, int V, int kMaskKind, int kDirections>
+__global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constant__ EditParams<T> p) {
+  using C = Wide<T>;
+  constexpr int U = V == 1 ? 4 : 2;  // repeats whose loads are in flight together
   const Walk<4>& walk = p.walk;
   Spot<4> spot;
   if (!locate<V>(walk, spot)) return;
@@ -66,49 +153,18 @@ __global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
   const int kind = V == 1 ? p.mask_kind : kMaskKind;
   const M* const mask = static_cast<const M*>(p.mask) + spot.offset[kMask];
   const T* const directions = p.directions + spot.offset[kDirection];
-  const auto strength = [&](int64_t n, int64_t r) {
-    return p.strengths == nullptr ? p.host[n]
-                                  : p.strengths[n * p.strength_stride + spot.offset[kStrength] +
-                                                r * walk.repeat_stride[kStrength]];
-  };
-
-  C hoisted[G][V] = {};
-  if constexpr (kHoist) {
-#pragma unroll 4
-    for (int64_t n = 0; n < p.count; ++n) {
-      Raw<T, V> raw[G];
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        load_row<true>(raw[g], directions + n * p.direction_stride + g * walk.group_stride[kDirection],
-                       walk.inner_stride[kDirection]);
-      }
-      const C s = strength(n, 0);
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        C d[V];
-        fill_row(raw[g], walk.inner_stride[kDirection]);
-        widen_raw(raw[g], d);
-#pragma unroll
-        for (int v = 0; v < V; ++v) hoisted[g][v] = fma(s, d[v], hoisted[g][v]);
-      }
-    }
-  }
 
   for (int64_t r0 = spot.first; r0 < spot.last; r0 += U) {
     const auto inside = [&](int u) {
       return r0 + u < spot.last && spot.position + (r0 + u) * walk.repeat_step < walk.inner;
     };
-    Raw<T, V> z[U][G];
+    Raw<T, V> z[U];
     Raw<M, V> m[U];
     [[maybe_unused]] Raw<T, V> single[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        load_raw<true>(z[u][g],
-                       p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ] + g * walk.group_stride[kZ]);
-      }
+      load_raw<true>(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
       if (kDirections == kSingle) {
         load_row<true>(single[u], directions + (r0 + u) * walk.repeat_stride[kDirection],
                        walk.inner_stride[kDirection]);
@@ -123,7 +179,7 @@ __global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) step[u][v] = 0;
-        if (kind == kMaskEach && inside(u)) widen_raw(z[u][0], step[u]);
+        if (kind == kMaskEach && inside(u)) widen_raw(z[u], step[u]);
       }
 #pragma unroll 2
       for (int64_t n = 0; n < p.count; ++n) {
@@ -146,7 +202,7 @@ __global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
           C d[V];
           fill_row(raw[u], walk.inner_stride[kDirection]);
           widen_raw(raw[u], d);
-          const C s = strength(n, r0 + u);
+          const C s = strength_of(p, spot, n, r0 + u);
           if (kind == kMaskEach) {
             C w[V];
             fill_row(each[u], walk.inner_stride[kMask]);
@@ -163,35 +219,31 @@ __global__ void __launch_bounds__(kWalkThreads, G > 1 && sizeof(M) == 2 ? 4 : 1)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
+      C x[V], move[V];
       [[maybe_unused]] C w[V];
+      widen_raw(z[u], x);
       if (kind == kOneMask) {
         fill_row(m[u], walk.inner_stride[kMask]);
         widen_raw(m[u], w);
       }
+      if constexpr (kDirections == kSingle) {
+        fill_row(single[u], walk.inner_stride[kDirection]);
+        widen_raw(single[u], move);
+        const C s = strength_of(p, spot, 0, r0 + u);
 #pragma unroll
-      for (int g = 0; g < G; ++g) {
-        C x[V], move[V];
-        widen_raw(z[u][g], x);
-        if constexpr (kDirections == kSingle) {
-          fill_row(single[u], walk.inner_stride[kDirection]);
-          widen_raw(single[u], move);
-          const C s = strength(0, r0 + u);
+        for (int v = 0; v < V; ++v)
+          move[v] = fma(s, move[v], C(0));  // as the sums of the other kernels begin
+      } else {
 #pragma unroll
-          for (int v = 0; v < V; ++v)
-            move[v] = fma(s, move[v], C(0));  // as the sums of the other kernels begin
-        } else {
-#pragma unroll
-          for (int v = 0; v < V; ++v) move[v] = kHoist ? hoisted[g][v] : step[u][v];
-        }
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          x[v] = kind == kOneMask    ? fma(w[v], move[v], x[v])
-                 : kind == kMaskEach ? move[v]
-                                     : rounded_sum(x[v], move[v]);
-        }
-        store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ] + g * walk.group_stride[kZ],
-                     x);
+        for (int v = 0; v < V; ++v) move[v] = step[u][v];
       }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        x[v] = kind == kOneMask    ? fma(w[v], move[v], x[v])
+               : kind == kMaskEach ? move[v]
+                                   : rounded_sum(x[v], move[v]);
+      }
+      store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ], x);
     }
   }
 }
@@ -391,26 +443,28 @@ void latentfast::edit(const View& z, const View& directions, const OptionalView&
         check_launch("edit");
       };
       if constexpr (sizeof(T) < 8) {
+        const auto moves = [&](int operand) { return joined.stride[operand][joined.dims - 1] != 0; };
+        const bool plain = moves(kDirection) && moves(kMask);
         if (vectors && hoist >= 0) {
-          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, kHoisted, 1>, hoist, V, false, 16);
+          if (kind == kNoMask) return launch(hoisted_kernel<T, T, V, false, 1, false>, hoist, V, false, 16);
           const int row_dim = joined.dims - 2 - (hoist == joined.dims - 2);  // the last one besides `hoist`
-          if (row_dim >= 0 && joined.stride[kMask][row_dim] == 0 && joined.size[row_dim] % kGroup == 0)
-            return launch(edit_kernel<T, M, V, kOneMask, kHoisted, kGroup>, hoist, V, true, 16, kGroup);
-          return launch(edit_kernel<T, M, V, kOneMask, kHoisted, 1>, hoist, V, share >= 0, 16);
+          if (plain && row_dim >= 0 && joined.stride[kMask][row_dim] == 0 &&
+              joined.stride[kStrength][row_dim] == 0 && joined.size[row_dim] % kGroup<T, M> == 0)
+            return launch(hoisted_kernel<T, M, V, true, kGroup<T, M>, true>, hoist, V, true, 8, kGroup<T, M>);
+          return launch(hoisted_kernel<T, M, V, true, 1, false>, hoist, V, share >= 0, 8);
         }
         if (vectors) {
           const bool single = count == 1;
           if (kind == kNoMask && single)
-            return launch(edit_kernel<T, T, V, kNoMask, kSingle, 1>, share, V, false, 8);
-          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, kSeveral, 1>, share, V, false, 8);
+            return launch(edit_kernel<T, T, V, kNoMask, kSingle>, share, V, false, 8);
+          if (kind == kNoMask) return launch(edit_kernel<T, T, V, kNoMask, kSeveral>, share, V, false, 8);
           if (kind == kOneMask && single)
-            return launch(edit_kernel<T, M, V, kOneMask, kSingle, 1>, share, V, false, 8);
-          if (kind == kOneMask)
-            return launch(edit_kernel<T, M, V, kOneMask, kSeveral, 1>, share, V, false, 8);
-          return launch(edit_kernel<T, M, V, kMaskEach, kSeveral, 1>, share, V, false, 8);
+            return launch(edit_kernel<T, M, V, kOneMask, kSingle>, share, V, false, 8);
+          if (kind == kOneMask) return launch(edit_kernel<T, M, V, kOneMask, kSeveral>, share, V, false, 8);
+          return launch(edit_kernel<T, M, V, kMaskEach, kSeveral>, share, V, false, 8);
         }
       }
-      launch(edit_kernel<T, M, 1, kNoMask, kSeveral, 1>, share, 1, false, 8);
+      launch(edit_kernel<T, M, 1, kNoMask, kSeveral>, share, 1, false, 8);
     });
   });
 }

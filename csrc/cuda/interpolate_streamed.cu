@@ -9,28 +9,31 @@
 //
 // One block a multiprocessor, launched cooperatively, so that blocks may wait for each other. A *team* of
 // blocks takes one vector after the other (several teams share the grid when the vectors are short); a member
-// owns the same shares of each. A block's 18 warps share out its pieces. Each warp has three slots of 4 KB (a
+// owns the same shares of each. Its pieces are dealt out to 18 data warps. Each has three slots of 4 KB (a
 // piece of a and of b), which it fills itself by bulk copies (the copy engine writes to shared memory and
-// reports to an mbarrier) and frees itself: no warp waits for another to get its data. For every vector
-//   1. each warp sums its pieces. The first stays in registers, the others in their slots; the free slots are
-//      being filled already;
-//   2. three warps, one for each inner product, fold these sums into the block's shares' and publish them;
-//   3. they gather those of all shares, and the first makes the weights;
-//   4. each warp writes its results, and refills each slot as soon as it has been read.
-// Registers and slots hold two vectors of Wan 720p, so that what step 3 costs (a trip to L2 and back, an arc
-// tangent) passes while the copies of the next vector are under way. Pieces that do not fit are summed,
-// dropped and read again in step 4, mostly from L2.
+// reports to an mbarrier) and frees itself, and room for one more piece in its registers. A 19th warp, the
+// control warp, folds the pieces' sums into the shares', tells the other blocks, and makes the weights.
+//
+// That exchange takes some µs, a trip to L2 and back and an arc tangent. Meanwhile a data warp sums the next
+// vector, as far as it has room for it: flowing_warp if all pieces of a vector fit, data_warp if some have to
+// be read again. No warp waits for another but through the mbarriers below.
+//
+// Why nobody waits for ever, by induction over the rounds of sums (one a vector, more if it is very long): a
+// data warp publishes them in order, those of vector v before it asks for v's weights. What can hold it up
+// before a round is a copy, the weights of an earlier vector, or the control warp, which has to read an
+// earlier round. These need nothing but earlier rounds, of all data warps of the team: a control warp sends
+// the shares of v as soon as it has read the sums of v, and gathers those of the others then.
 #include <cooperative_groups.h>
 
 #include <algorithm>
 
-#include "interpolate.cuh"
+#include "streamed.cuh"
 
 namespace latentfast::cuda {
 namespace {
 
-constexpr int kWarps = 18;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kWarps = 18;  // that handle data
+constexpr int kThreads = 32 * (kWarps + 1);
 constexpr int kSlots = 3;  // of a warp
 constexpr int kSlotBytes = 2 * kPieceBytes;
 constexpr int kRingBytes = kWarps * kSlots * kSlotBytes;  // of the 227 KB that a block can have
@@ -41,259 +44,308 @@ constexpr int kLocalShares = 32;
 // What a block owns of a vector is held to half of what its registers and slots hold where teams can be
 // chosen: the rest is for what comes next.
 constexpr int kOwnBytes = kWarps * (kSlots + 1) * kSlotBytes / 2;
-// No wait inside the kernel takes longer than the few µs of a pass; this long means that it will never end.
-[[maybe_unused]] constexpr uint64_t kPatienceNanoseconds = 20'000'000'000;
-
-// A float64 on its way between blocks: each half beside a tag, so that a reader sees in the same word what is
-// written and whether it is: no fence, no counter, no second read. The tag is the number of the team's
-// vector, from 1 on; memory is cleared before.
-struct alignas(16) Message {
-  uint64_t low, high;
-};
 
 struct Stream {
   int teams;
   int team_size;
   bool local;         // a team of one, all of whose shares fit in shared memory: nothing is exchanged
+  bool rereads;       // some pieces do not stay between the sums and the results
   Message* messages;  // [team][parity of the vector's number][3][share]
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+// What a block owns of each vector.
+struct Part {
+  int share_begin, share_end;
+  int first_piece, pieces;
+  int rounds;
 
-// Stops a kernel that waits in vain: an error is better than a card that hangs.
-class Patience {
- public:
-  __device__ void spend() {
-    uint64_t now;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (start_ == 0) start_ = now;
-    if (now - start_ > kPatienceNanoseconds) __trap();
+  template <typename T>
+  static __device__ Part of(const Vectors& vectors, int member, int team_size) {
+    Part part;
+    part.share_begin = vectors.shares * member / team_size;
+    part.share_end = vectors.shares * (member + 1) / team_size;
+    part.first_piece = vectors.share_begin(part.share_begin) * kChunkPieces<T>;
+    const int end = min(vectors.share_begin(part.share_end) * kChunkPieces<T>, vectors.pieces);
+    part.pieces = end - part.first_piece;
+    part.rounds = ceil_div(part.pieces, kRoundPieces);
+    return part;
   }
-
- private:
-  uint64_t start_ = 0;
 };
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  Patience patience;
-  while (true) {
-    uint32_t done;
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) return;
-    patience.spend();
-  }
-}
-
-// `bytes` (a multiple of 16) from global to shared memory, by the copy engine.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
-                                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-      "[%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void send(Message* to, double x, uint32_t tag) {
-  const uint64_t upper = static_cast<uint64_t>(tag) << 32;
-  const uint64_t low = upper | static_cast<uint32_t>(__double2loint(x));
-  const uint64_t high = upper | static_cast<uint32_t>(__double2hiint(x));
-  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(low), "l"(high) : "memory");
-}
-
-// The sum of one inner product over all shares, as soon as they are there. For a warp.
-__device__ __forceinline__ double gather(const Message* messages, int shares, uint32_t tag) {
-  constexpr int kBatch = 5;  // enough for the H200's 132 shares
-  double sum = 0.0;
-  for (int first = threadIdx.x % 32; first < shares; first += 32 * kBatch) {
-    Message got[kBatch] = {};
-    bool missing[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) missing[u] = first + 32 * u < shares;
-    Patience patience;
-    while (true) {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {  // what is there already is not read again
-        asm volatile(
-            "{\n\t.reg .pred p;\n\t"
-            "setp.ne.u32 p, %3, 0;\n\t"
-            "@p ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];\n\t}"
-            : "+l"(got[u].low), "+l"(got[u].high)
-            : "l"(messages + first + 32 * u), "r"(static_cast<int>(missing[u]))
-            : "memory");
-      }
-      bool any = false;
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        missing[u] = missing[u] && (got[u].low >> 32 != tag || got[u].high >> 32 != tag);
-        any = any || missing[u];
-      }
-      if (!any) break;
-      patience.spend();
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (first + 32 * u < shares) {
-        sum += __hiloint2double(static_cast<int>(got[u].high), static_cast<int>(got[u].low));
-      }
-    }
-  }
-  __syncwarp();
-  return fold_lanes(sum);
-}
-
-// Where vectors and their pieces are. `OneRun` is said at compile time: then all of it is linear, and what
-// every copy and result pays for it is two multiplications. There are fewer than 2^31 vectors as long as
-// these.
-template <typename T, bool OneRun>
-__device__ __forceinline__ int64_t stream_base(const Vectors& vectors, int vector) {
-  if constexpr (OneRun) {
-    return vector * vectors.length;
-  } else {
-    const int q = static_cast<int>(vectors.q), p = vector / q;
-    return (p * vectors.n * vectors.q + (vector - p * q)) * vectors.m;
-  }
-}
-
-template <typename T, bool OneRun>
-__device__ __forceinline__ Piece stream_piece(const Vectors& vectors, int index) {
-  if constexpr (OneRun) {
-    const int64_t start = index * static_cast<int64_t>(kPieceElements<T>);
-    return {start, start,
-            index + 1 == vectors.pieces ? static_cast<int>(vectors.length - start) : kPieceElements<T>};
-  } else {
-    return piece_of<T>(vectors, index);
-  }
-}
-
-// One warp's slots and the order in which they are filled. All lanes hold the same state; lane 0 starts the
-// copies.
+// Shared memory beside the slots. Sums come in turns of rounds, weights in turns of vectors; both are counted
+// over all vectors of the team.
 //
-// For every vector of the team the warp reads its pieces 0 … count−1, keeps the first `keep` of them (number
-// 0 in registers) and reads the others a second time. That sequence, over all vectors, is run through as fast
-// as slots become free.
-template <typename T, bool OneRun>
-class Ring {
- public:
-  __device__ Ring(const Arguments& arguments, const Stream& stream, unsigned char* slots, uint64_t* barriers,
-                  int first_piece, int pieces, int vector)
-      : arguments_(arguments),
-        slots_(slots),
-        barriers_(shared_address(barriers)),
-        teams_(stream.teams),
-        vector_(vector) {
-    const int warp = threadIdx.x / 32;
-    first_ = first_piece + warp;
-    count = warp < pieces ? (pieces - 1 - warp) / kWarps + 1 : 0;
-    keep = count <= kSlots + 1 ? count : kSlots;
-    length_ = count + (count - keep);
-    if (count == 0) vector_ = static_cast<int>(arguments.vectors.count);  // nothing to do
-    // What is read once may leave L2 at once; what is read again should find room there.
-    if (pieces <= kWarps * (kSlots + 1)) {
-      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy_));
-    } else {
-      asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy_));
-    }
-    if (threadIdx.x % 32 == 0) {
-      for (int slot = 0; slot < kSlots; ++slot) barrier_init(barriers_ + slot * sizeof(uint64_t));
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int slot = 0; slot < kSlots; ++slot) start(slot);
-  }
-
-  // This warp's piece x, in the vector.
-  __device__ int number(int x) const { return first_ + x * kWarps; }
-  __device__ Piece piece(int x) const { return stream_piece<T, OneRun>(arguments_.vectors, number(x)); }
-
-  // The slot of the next copy in the sequence, once it has landed.
-  __device__ int take() {
-    const int slot = queue_ & 3;
-    queue_ >>= 2;
-    queue_end_ -= 2;
-    barrier_wait(barriers_ + slot * sizeof(uint64_t), (parities_ >> slot) & 1);
-    parities_ ^= 1u << slot;
-    return slot;
-  }
-
-  // The warp is done with a slot: refill it.
-  __device__ void release(int slot) {
-    __syncwarp();  // every lane has read it
-    start(slot);
-  }
-
-  // What a slot holds.
-  __device__ LanePacks<> read(int slot, const Piece& piece) const {
-    const uint4* const from = reinterpret_cast<const uint4*>(slots_ + slot * kSlotBytes) + threadIdx.x % 32;
-    const int left = piece.elements / kPack<T> - static_cast<int>(threadIdx.x % 32);
-    LanePacks<> packs;
-#pragma unroll
-    for (int j = 0; j < kLanePacks; ++j) {
-      packs.a[j] = 32 * j < left ? from[32 * j] : uint4{0, 0, 0, 0};
-      packs.b[j] = 32 * j < left ? from[32 * j + kPiecePacks] : uint4{0, 0, 0, 0};
-    }
-    return packs;
-  }
-
-  int count;  // this warp's pieces of each vector
-  int keep;   // how many of them stay until the weights are known
-
- private:
-  // The next copy of the sequence, into a free slot.
-  __device__ void start(int slot) {
-    const Vectors& vectors = arguments_.vectors;
-    if (vector_ >= vectors.count) return;
-    if (threadIdx.x % 32 == 0) {
-      const Piece next = piece(next_ < count ? next_ : keep + next_ - count);
-      const int64_t offset = stream_base<T, OneRun>(vectors, vector_) + next.offset;
-      const uint32_t bytes = next.elements * static_cast<uint32_t>(sizeof(T));
-      const uint32_t barrier = barriers_ + slot * sizeof(uint64_t);
-      const uint32_t to = shared_address(slots_) + slot * kSlotBytes;
-      barrier_expect(barrier, 2 * bytes);
-      bulk_copy(to, static_cast<const T*>(arguments_.a) + offset, bytes, barrier, policy_);
-      bulk_copy(to + kPieceBytes, static_cast<const T*>(arguments_.b) + offset, bytes, barrier, policy_);
-    }
-    queue_ |= slot << queue_end_;
-    queue_end_ += 2;
-    if (++next_ == length_) {
-      next_ = 0;
-      vector_ += teams_;
-    }
-  }
-
-  const Arguments& arguments_;
-  const unsigned char* slots_;
-  uint32_t barriers_;
-  uint64_t policy_;
-  int first_;
-  int length_;  // copies a vector
-  int teams_;
-  int vector_;    // of the next copy
-  int next_ = 0;  // its place in the vector's sequence
-  unsigned parities_ = 0;
-  unsigned queue_ = 0;  // slots of the copies under way, oldest first, two bits each
-  int queue_end_ = 0;
+// A data warp writes the sums of round r when those of r − 2 have been read (sums_free). The weights of
+// vector v + 2 are made when every data warp has published its sums of v + 2, which it does behind all uses
+// of the weights of v.
+template <typename T>
+struct Desk {
+  SlotState<kSlots> slots[kWarps];
+  uint64_t sums_full[2];   // every data warp has written its sums of a round
+  uint64_t sums_free[2];   // the control warp has read them
+  uint64_t mixes_full[2];  // a vector's weights are there
+  double sums[2][3][kRoundPieces];
+  double local[3][kLocalShares];
+  Mix<Wide<T>> mixes[2][kMaxValues];
 };
+
+// In which order a warp that has `count` pieces of each vector goes about it, if they do not all fit
+// (otherwise see flowing_warp). Its pieces are brought from their slots to the registers one by one, each
+// slot is refilled, and the piece is written. The next vector is summed before piece `sum_at` is written,
+// when it is in the registers already, so that the exchange has as long as that takes.
+struct Order {
+  int count;
+  int sum_at;
+  int keep;  // pieces that stay from their sum until they are written; the others are read again
+
+  __device__ Order(int count, bool one_vector) : count(count) {
+    if (one_vector) {
+      sum_at = count;
+      keep = min(count, count == kSlots + 1 ? count : kSlots);
+    } else {
+      sum_at = count - 1;
+      keep = count <= kSlots ? count : kSlots - 1;  // the last slot is for the pieces that pass
+    }
+  }
+
+  __device__ bool all_fit() const { return keep == count; }
+
+  // Piece 0 comes to the registers when it is summed, which are free then: one more can be kept.
+  __device__ bool early() const { return sum_at == count; }
+};
+
+// All results of a piece; `out` and `left` are this lane's.
+template <typename T>
+__device__ __forceinline__ void write_results(const Arguments& arguments, const Mix<Wide<T>>* mixes,
+                                              LanePacks<>& packs, T* out, int left) {
+#pragma unroll 1
+  for (int k = 0; k < arguments.values.count; ++k) {
+    const Mix<Wide<T>> mix = mixes[k];
+#pragma unroll
+    for (int j = 0; j < kLanePacks; ++j) {  // widened for every result: there are no registers to keep it
+      packs.a[j] = computed_anew(packs.a[j]);
+      packs.b[j] = computed_anew(packs.b[j]);
+    }
+    if (mix.kind == Kind::blend) {
+#pragma unroll
+      for (int j = 0; j < kLanePacks; ++j) {
+        const uint4 result = blend_pack<T>(mix, packs.a[j], packs.b[j]);
+        if (32 * kPack<T> * j < left) store_once(out + 32 * kPack<T> * j, result);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kLanePacks; ++j) {
+        const uint4 result = special_pack<T>(mix, packs.a[j], packs.b[j]);
+        if (32 * kPack<T> * j < left) store_once(out + 32 * kPack<T> * j, result);
+      }
+    }
+    out = computed_anew(out + arguments.numel);
+  }
+}
+
+template <typename T, bool OneRun>
+__device__ __forceinline__ void data_warp(const Arguments& arguments, const Stream& stream,
+                                          const Order& order, Ring<T, OneRun, kWarps, kSlots>& ring,
+                                          Desk<T>& desk, int rounds, int team) {
+  const Vectors& vectors = arguments.vectors;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  LanePacks<> held;   // the piece in the registers
+  unsigned kept = 0;  // slots of this vector's pieces, and from bit 8 on of the next one's: two bits each
+  uint32_t round = 0, number = 0;  // of the next sums; of this vector
+
+  // It begins where a vector before the first one would be done, but for the sums of the next.
+  for (int vector = team - stream.teams; vector < vectors.count; vector += stream.teams) {
+#pragma unroll 1
+    for (int y = vector < 0 ? order.sum_at : 0; y <= order.count; ++y) {
+      if (vector >= 0 && y < order.count && (y > 0 || !order.early())) {
+        const int slot = y < order.keep ? kept >> (2 * y) & 3 : ring.take();
+        held = ring.read(slot, ring.piece(computed_anew(y)).elements);
+        ring.release(slot);
+      }
+
+      if (y == order.sum_at && vector + stream.teams < vectors.count) {
+        constexpr int kRoundCount = kRoundPieces / kWarps;
+#pragma unroll 1
+        for (int first = 0; first < rounds * kRoundCount; first += kRoundCount) {
+          turn_wait(desk.sums_free, round + 2);  // that of round − 2: at first, one that has always been
+#pragma unroll 1
+          for (int x = first; x < min(order.count, first + kRoundCount); ++x) {
+            const int elements = ring.piece(computed_anew(x)).elements;
+            const int slot = ring.take();
+            const double folded = ring.sum(slot, elements);
+            const int component = folded_component();
+            if (component >= 0)
+              desk.sums[round % 2][component][warp + computed_anew(x - first) * kWarps] = folded;
+            const bool to_registers = order.early() && x == 0;
+            if (to_registers) held = ring.read(slot, elements);
+            if (to_registers || x >= order.keep) {
+              ring.release(slot);
+            } else {
+              kept |= slot << (8 + 2 * x);
+            }
+          }
+          barrier_arrive(&desk.sums_full[round % 2]);
+          ++round;
+        }
+      }
+
+      if (vector < 0 || y == order.count) break;
+      if (y == 0) turn_wait(desk.mixes_full, number);
+      const Piece piece = ring.piece(computed_anew(y));
+      const int begin = lane * kPack<T>;
+      T* const out =
+          static_cast<T*>(arguments.out) + stream_base<OneRun>(vectors, computed_anew(vector)) + piece.offset;
+      write_results<T>(arguments, desk.mixes[number % 2], held, out + begin, piece.elements - begin);
+    }
+    kept >>= 8;
+    if (vector >= 0) ++number;
+  }
+}
+
+// A warp whose pieces of a vector all fit into its slots and registers. Pieces go through them in order, over
+// all vectors, and the warp does what it can do next: write a piece whose weights are there, which makes room
+// for a copy, or sum one that has landed, of this vector or the next. (Not of the one behind, whose weights
+// would take the place of those in use.) It can always do one of the two: if no slot is free to be summed,
+// all pieces of this vector have been.
+template <typename T, bool OneRun>
+__device__ __forceinline__ void flowing_warp(const Arguments& arguments, const Stream& stream, int count,
+                                             Ring<T, OneRun, kWarps, kSlots>& ring, Desk<T>& desk, int team) {
+  const Vectors& vectors = arguments.vectors;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int end = (vectors.count - 1 - team) / stream.teams + 1;
+  LanePacks<> held;
+  bool holding = false;
+  int number = 0, y = 0;  // vector and piece that is written next
+  int summed = 0;         // pieces of this vector and the next one
+  int slot_y = 0;         // where piece y is, or would be
+#pragma unroll 1
+  while (number < end) {
+    if (!holding && summed > y) {
+      held = ring.read(slot_y, ring.piece(computed_anew(y)).elements);
+      ring.release(slot_y);
+      slot_y = slot_y == kSlots - 1 ? 0 : slot_y + 1;
+      holding = true;
+    }
+    const bool can_sum = summed < (number + 1 < end ? 2 : 1) * count && summed - y - holding < kSlots;
+    bool write = holding && summed >= count;
+    if (write && can_sum) {
+      Patience patience;
+      while (true) {
+        if (turn_test(desk.mixes_full, number)) break;
+        if (ring.landed()) {
+          write = false;
+          break;
+        }
+        __nanosleep(20);
+        patience.spend();
+      }
+    }
+    if (write) {
+      turn_wait(desk.mixes_full, number);
+      const Piece piece = ring.piece(computed_anew(y));
+      const int begin = lane * kPack<T>;
+      T* const out = static_cast<T*>(arguments.out) +
+                     stream_base<OneRun>(vectors, team + number * stream.teams) + piece.offset;
+      write_results<T>(arguments, desk.mixes[number % 2], held, out + begin, piece.elements - begin);
+      holding = false;
+      if (++y == count) {
+        y = 0;
+        ++number;
+        summed -= count;
+      }
+    } else {
+      const bool next = summed >= count;
+      const int x = summed - (next ? count : 0);
+      const uint32_t round = number + next;
+      if (x == 0) turn_wait(desk.sums_free, round + 2);  // see data_warp
+      const int elements = ring.piece(computed_anew(x)).elements;
+      const int slot = ring.take();
+      const double folded = ring.sum(slot, elements);
+      const int component = folded_component();
+      if (component >= 0) desk.sums[round % 2][component][warp + x * kWarps] = folded;
+      ++summed;
+      if (x + 1 == count) barrier_arrive(&desk.sums_full[round % 2]);
+    }
+  }
+}
+
+// The control warp goes from vector to vector. That is why two places a message do: it sends shares of vector
+// v + 2 when it has gathered those of v + 1 from all members, each of which sent them when it had gathered
+// those of v.
+template <typename T>
+__device__ __forceinline__ void control_warp(const Arguments& arguments, const Stream& stream,
+                                             const Part& part, Desk<T>& desk, int team) {
+  constexpr int P = kChunkPieces<T>;
+  const Vectors& vectors = arguments.vectors;
+  const int lane = threadIdx.x % 32;
+  uint32_t round = 0, number = 0;
+  for (int vector = team; vector < vectors.count; vector += stream.teams, ++number) {
+    const uint32_t tag = number + 1;
+    Message* const exchange =
+        stream.messages + (static_cast<int64_t>(team) * 2 + number % 2) * 3 * vectors.shares;
+    // each lane sees to one value of t
+    const double t = lane < arguments.values.count ? arguments.values.at(lane, vector) : 0.0;
+
+    int share = part.share_begin, share_left = 0;  // chunks of it that are missing
+    double share_sum = 0.0;
+#pragma unroll 1
+    for (int r = 0; r < part.rounds; ++r, ++round) {
+      auto& sums = desk.sums[round % 2];
+      const int pieces = min(kRoundPieces, part.pieces - r * kRoundPieces);
+      const int chunks = ceil_div(pieces, P);
+      turn_wait(desk.sums_full, round);
+#pragma unroll 1
+      for (int i = lane; i < 3 * chunks; i += 32) {
+        const int component = (i >= chunks) + (i >= 2 * chunks), chunk = i - component * chunks;
+        double sum = 0.0;
+#pragma unroll
+        for (int j = chunk * P; j < chunk * P + P; ++j) {
+          if (j < pieces) sum += sums[component][j];
+        }
+        sums[component][chunk * P] = sum;
+      }
+      __syncwarp();
+      if (lane < 3) {  // a component each
+        for (int chunk = 0; chunk < chunks;) {
+          if (share_left == 0) {
+            share_left = vectors.share_chunks + (share < vectors.longer_shares);
+            share_sum = 0.0;
+          }
+          const int n = min(share_left, chunks - chunk);
+#pragma unroll 4
+          for (int j = 0; j < n; ++j) share_sum += sums[lane][(chunk + j) * P];
+          chunk += n;
+          share_left -= n;
+          if (share_left == 0) {
+            if (stream.local) {
+              desk.local[lane][share] = share_sum;
+            } else {
+              send(exchange + lane * vectors.shares + share, share_sum, tag);
+            }
+            ++share;
+          }
+        }
+      }
+      barrier_arrive(&desk.sums_free[round % 2]);
+    }
+
+    LaneSums shares;
+    if (stream.local) {
+      if (lane < vectors.shares) shares = {desk.local[0][lane], desk.local[1][lane], desk.local[2][lane]};
+    } else {
+      shares = gather(exchange, vectors.shares, tag);
+    }
+    const double total = fold_warp(shares);  // the tree of fold_lanes
+    constexpr unsigned kAll = 0xffffffffu;
+    const Sums sums{__shfl_sync(kAll, total, 0), __shfl_sync(kAll, total, 8), __shfl_sync(kAll, total, 16)};
+    if (lane < arguments.values.count) {
+      desk.mixes[number % 2][lane] = make_mix<Wide<T>>(arguments.mode, sums, t, vectors.length, NoLast());
+    }
+    barrier_arrive(&desk.mixes_full[number % 2]);
+  }
+}
 
 #endif
 
@@ -301,136 +353,44 @@ template <typename T, bool OneRun>
 __global__ void __launch_bounds__(kThreads, 1)
     streamed_kernel(const __grid_constant__ Arguments arguments, const __grid_constant__ Stream stream) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  using W = Wide<T>;
-  constexpr int P = kChunkPieces<T>;
-  static_assert(kRoundPieces % P == 0);
+  static_assert(kRoundPieces % kChunkPieces<T> == 0);
   extern __shared__ __align__(128) unsigned char ring_bytes[];
-  __shared__ uint64_t barriers[kWarps * kSlots];
-  __shared__ double piece_sums[3][kRoundPieces];
-  __shared__ double local_sums[3][kLocalShares];
-  __shared__ double totals[3];
-  __shared__ Mix<W> mixes[kMaxValues];
+  __shared__ Desk<T> desk;
 
   const Vectors& vectors = arguments.vectors;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const int team = blockIdx.x / stream.team_size, member = blockIdx.x % stream.team_size;
-  const int share_begin = vectors.shares * member / stream.team_size;
-  const int share_end = vectors.shares * (member + 1) / stream.team_size;
-  const int chunk_begin = vectors.share_begin(share_begin);
-  const int first_piece = chunk_begin * P;
-  const int pieces = min(vectors.share_begin(share_end) * P, vectors.pieces) - first_piece;
-  const int rounds = ceil_div(pieces, kRoundPieces);
-  Message* const messages = stream.messages + static_cast<int64_t>(team) * 2 * 3 * vectors.shares;
+  const Part part = Part::of<T>(vectors, member, stream.team_size);
 
-  Ring<T, OneRun> ring(arguments, stream, ring_bytes + warp * kSlots * kSlotBytes, barriers + warp * kSlots,
-                       first_piece, pieces, team);
-  if (!stream.local) {
-    const int own = share_end - share_begin;
+  const int count = warp < min(part.pieces, kWarps) ? (part.pieces - 1 - warp) / kWarps + 1 : 0;
+  const Order order(count, team + stream.teams >= vectors.count);
+  Ring<T, OneRun, kWarps, kSlots> ring(arguments, ring_bytes + warp * kSlots * kSlotBytes, desk.slots[warp],
+                                       part.first_piece + warp, count, order.keep, stream.rereads, team,
+                                       stream.teams);
+  if (threadIdx.x == 32 * kWarps) {
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&desk.sums_full[i], min(part.pieces, kWarps));
+      barrier_init(&desk.sums_free[i], 1);
+      barrier_init(&desk.mixes_full[i], 1);
+    }
+  }
+  if (stream.local) {
+    __syncthreads();
+  } else {
+    Message* const messages = stream.messages + static_cast<int64_t>(team) * 2 * 3 * vectors.shares;
+    const int own = part.share_end - part.share_begin;
     for (int i = threadIdx.x; i < 2 * 3 * own; i += kThreads) {
-      messages[i / own * vectors.shares + share_begin + i % own] = {0, 0};
+      messages[i / own * vectors.shares + part.share_begin + i % own] = {0, 0};
     }
     cooperative_groups::this_grid().sync();  // behind the first copies
   }
 
-  uint32_t tag = 0;
-  for (int vector = team; vector < vectors.count; vector += stream.teams) {
-    ++tag;
-    Message* const exchange = messages + tag % 2 * 3 * vectors.shares;
-    const int value = threadIdx.x;  // the first warp's lanes each see to one value of t
-    const double t = value < arguments.values.count ? arguments.values.at(value, vector) : 0.0;
-    LanePacks<> held;   // piece 0
-    unsigned kept = 0;  // slots of the other pieces that stay, two bits each
-
-    // 1. Sums of the pieces, and 2. of the chunks and the shares.
-    int share = share_begin, share_left = 0;  // chunks of it that are missing
-    double share_sum = 0.0;
-    for (int round = 0; round < rounds; ++round) {
-      const int x_end = min(ring.count, (round + 1) * (kRoundPieces / kWarps));
-      for (int x = round * (kRoundPieces / kWarps); x < x_end; ++x) {
-        const Piece piece = ring.piece(x);
-        const int slot = ring.take();
-        double folded;
-        if (x == 0) {
-          held = ring.read(slot, piece);
-          ring.release(slot);
-          folded = sum_packs<T>(held);
-        } else {
-          folded = sum_packs<T>(ring.read(slot, piece));
-          if (x < ring.keep) {
-            kept |= slot << (2 * x);
-          } else {
-            ring.release(slot);
-          }
-        }
-        const int component = folded_component();
-        if (component >= 0)
-          piece_sums[component][ring.number(x) - first_piece - round * kRoundPieces] = folded;
-      }
-      __syncthreads();
-      if (warp < 3) {
-        double* const sums = piece_sums[warp];
-        const int round_pieces = min(kRoundPieces, pieces - round * kRoundPieces);
-        const int round_chunks = ceil_div(round_pieces, P);
-#pragma unroll 1
-        for (int chunk = lane; chunk < round_chunks; chunk += 32) {
-          double sum = 0.0;
-#pragma unroll
-          for (int j = chunk * P; j < chunk * P + P; ++j) {
-            if (j < round_pieces) sum += sums[j];
-          }
-          sums[chunk * P] = sum;
-        }
-        __syncwarp();
-        if (lane == 0) {
-          for (int chunk = 0; chunk < round_chunks;) {
-            if (share_left == 0) {
-              share_left = vectors.share_chunks + (share < vectors.longer_shares);
-              share_sum = 0.0;
-            }
-            const int n = min(share_left, round_chunks - chunk);
-#pragma unroll 4
-            for (int j = 0; j < n; ++j) share_sum += sums[(chunk + j) * P];
-            chunk += n;
-            share_left -= n;
-            if (share_left == 0) {
-              if (stream.local) {
-                local_sums[warp][share] = share_sum;
-              } else {
-                send(exchange + warp * vectors.shares + share, share_sum, tag);
-              }
-              ++share;
-            }
-          }
-        }
-        __syncwarp();
-      }
-      if (round + 1 < rounds) __syncthreads();
-    }
-
-    // 3. The vector's sums and its weights.
-    if (warp < 3) {
-      const double total = stream.local ? fold_lanes(lane < vectors.shares ? local_sums[warp][lane] : 0.0)
-                                        : gather(exchange + warp * vectors.shares, vectors.shares, tag);
-      if (lane == 0) totals[warp] = total;
-      asm volatile("bar.sync 1, 96;" ::: "memory");  // these three warps alone
-      if (value < arguments.values.count) {
-        const Sums sums{totals[0], totals[1], totals[2]};
-        mixes[value] = make_mix<W>(arguments.mode, sums, t, vectors.length, NoLast());
-      }
-    }
-    __syncthreads();
-
-    // 4. The results: first what is here, then what has to be read again.
-    const int64_t base = stream_base<T, OneRun>(vectors, vector);
-    for (int x = 0; x < ring.count; ++x) {
-      const Piece piece = ring.piece(x);
-      if (x > 0) {
-        const int slot = x < ring.keep ? (kept >> (2 * x)) & 3 : ring.take();
-        held = ring.read(slot, piece);
-        ring.release(slot);
-      }
-      write_packs<T, true>(arguments, mixes, held, base, piece);
-    }
+  if (warp == kWarps) {
+    control_warp<T>(arguments, stream, part, desk, team);
+  } else if (count > 0 && order.all_fit()) {
+    flowing_warp<T, OneRun>(arguments, stream, count, ring, desk, team);
+  } else if (count > 0) {
+    data_warp<T, OneRun>(arguments, stream, order, ring, desk, part.rounds, team);
   }
 #endif
 }
@@ -482,6 +442,10 @@ void interpolate_streamed(const Target& target, const Arguments& arguments) {
   const int64_t messages = stream.local ? 0 : static_cast<int64_t>(stream.teams) * 2 * 3 * vectors.shares;
   const Workspace workspace(target, messages * static_cast<int64_t>(sizeof(Message)));
   stream.messages = static_cast<Message*>(workspace.data());
+  const int most_pieces =
+      ceil_div(vectors.chunks, vectors.shares) * ceil_div(vectors.shares, stream.team_size) * kChunkPieces<T>;
+  const bool one_vector = stream.teams >= vectors.count;
+  stream.rereads = ceil_div(most_pieces, kWarps) > kSlots + one_vector;  // see Order
   if (vectors.n == 1) {
     launch<T, true>(target, arguments, stream);
   } else {

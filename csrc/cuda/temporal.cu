@@ -9,9 +9,14 @@
 namespace latentfast::cuda::temporal {
 namespace {
 
+int64_t items_of(const TemporalParams& p, int vec, int rows) {
+  return p.batch * (p.rows / rows) * (p.granules / vec);
+}
+
 template <auto kKernel>
 void launch_temporal(TemporalParams& p, int vec, int rows, const Target& target) {
-  const int64_t items = p.batch * (p.rows / rows) * (p.granules / vec);
+  const int64_t items = items_of(p, vec, rows);
+  STD_TORCH_CHECK(items < INT32_MAX && p.frames < INT32_MAX, "temporal_loss: latents are too large");
   const int64_t most = resident_blocks<kKernel, kThreads>(target), each = target.device.multiprocessors;
   const int64_t blocks =
       std::clamp<int64_t>(std::max(ceil_div<int64_t>(items, kWarps), std::min(items, each)), 1, most);
@@ -19,24 +24,31 @@ void launch_temporal(TemporalParams& p, int vec, int rows, const Target& target)
   launch_together<kKernel, kThreads>(p, blocks, target, "temporal_loss");
 }
 
-template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond>
+template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond, bool kSquare>
 void launch_rows(TemporalParams& p, const Target& target) {
-  constexpr int R = kMask ? kRows<T, kGrad, kSecond> : 1;
+  constexpr int R = kMask ? kRows<T> : 1;
   const int last = p.row_dims.dims - 1;
-  if (R > 1 && p.row_dims.stride[1][last] == 0 && p.row_dims.size[last] % R == 0) {
-    return launch_temporal<temporal_kernel<T, M, V, R, kMask, kGrad, kSecond>>(p, V, R, target);
-  }
-  launch_temporal<temporal_kernel<T, M, V, 1, kMask, kGrad, kSecond>>(p, V, 1, target);
+  // where rows together would leave multiprocessors without work, each has its own warp
+  const bool many = items_of(p, V, R) >= kWarps * static_cast<int64_t>(target.device.multiprocessors);
+  if (R > 1 && many && p.row_dims.stride[1][last] == 0 && p.row_dims.size[last] % R == 0)
+    return launch_temporal<temporal_kernel<T, M, V, R, kMask, kGrad, kSecond, kSquare>>(p, V, R, target);
+  launch_temporal<temporal_kernel<T, M, V, 1, kMask, kGrad, kSecond, kSquare>>(p, V, 1, target);
+}
+
+template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond>
+void launch_norm(TemporalParams& p, const Target& target) {
+  if (p.norm == kL2) return launch_rows<T, M, V, kMask, kGrad, kSecond, true>(p, target);
+  launch_rows<T, M, V, kMask, kGrad, kSecond, false>(p, target);
 }
 
 template <typename T, typename M, int V, bool kMask>
 void launch_columns(TemporalParams& p, const Target& target) {
   if (p.second != 0) {
-    if (p.grad != nullptr) return launch_rows<T, M, V, kMask, true, true>(p, target);
-    return launch_rows<T, M, V, kMask, false, true>(p, target);
+    if (p.grad != nullptr) return launch_norm<T, M, V, kMask, true, true>(p, target);
+    return launch_norm<T, M, V, kMask, false, true>(p, target);
   }
-  if (p.grad != nullptr) return launch_rows<T, M, V, kMask, true, false>(p, target);
-  launch_rows<T, M, V, kMask, false, false>(p, target);
+  if (p.grad != nullptr) return launch_norm<T, M, V, kMask, true, false>(p, target);
+  launch_norm<T, M, V, kMask, false, false>(p, target);
 }
 
 template <typename T>
@@ -50,8 +62,8 @@ void dispatch_columns(TemporalParams& p, const OptionalView& mask, const Target&
     }
   }
   if (p.grad != nullptr)
-    return launch_temporal<temporal_kernel<T, T, 1, 1, true, true, true>>(p, 1, 1, target);
-  launch_temporal<temporal_kernel<T, T, 1, 1, true, false, true>>(p, 1, 1, target);
+    return launch_temporal<temporal_kernel<T, T, 1, 1, true, true, true, false>>(p, 1, 1, target);
+  launch_temporal<temporal_kernel<T, T, 1, 1, true, false, true, false>>(p, 1, 1, target);
 }
 
 // The dimensions around the frames: all but the innermost run of positions are rows.
@@ -136,8 +148,13 @@ void latentfast::temporal_loss(const View& z, const OptionalView& ref, const Opt
   const Workspace workspace(target, (loss_count + weight_count) * static_cast<int64_t>(sizeof(double2)));
   p.loss_sums = static_cast<double2*>(workspace.data());
   p.weight_sums = p.loss_sums + loss_count;
-  dispatch_floating(z.scalar_type(), "temporal_loss",
-                    [&]<typename T>() { dispatch_columns<T>(p, mask, target); });
+  dispatch_floating(z.scalar_type(), "temporal_loss", [&]<typename T>() {
+    constexpr int64_t kBytes = sizeof(T);
+    p.frame_bytes = p.frame_stride * kBytes;
+    p.row_bytes = p.row_stride * kBytes;
+    p.mask_frame_bytes = p.mask_frame_stride * (p.mask_is_float ? 4 : kBytes);
+    dispatch_columns<T>(p, mask, target);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latentfast, CUDA, m) {

@@ -6,10 +6,9 @@
 // the frames and is not the innermost run of positions (the channels of B C T H W). A warp takes 32·V
 // neighbouring positions of R rows and goes through the frames once, with the previous frame's x, mask and
 // slope in registers, so that each input is read once and the gradient of a frame is written as soon as the
-// last difference it takes part in is known. Loads run some frames ahead, in the narrow type; that is what
-// keeps enough bytes in flight. R is 2 where neighbouring rows share the mask (channels do): it is loaded and
-// widened, and its products are made, once for both. Neighbouring warps take the same positions of
-// neighbouring rows: such a mask then comes from L1 for all but the first of them.
+// last difference it takes part in is known. R is 2 where neighbouring rows share the mask (channels do): it
+// is loaded and widened, and its products are made, once for both. How the frames come in is in
+// temporal_frames.cuh.
 //
 // The gradient needs Σ w before its first element. With a mask the kernel therefore has three phases, with
 // the grid's barrier in between: sums of the weights; the pass; the losses. Without one Σ w is a count, and
@@ -20,244 +19,200 @@
 
 #include <cooperative_groups.h>
 
-#include "temporal_sums.cuh"
+#include "temporal_frames.cuh"
 
 namespace latentfast::cuda::temporal {
 
 constexpr int kColumns = 4;  // positions a thread, where they can be loaded together
 
-// Rows a thread, where they share the mask and the registers do.
-template <typename T, bool kGrad, bool kSecond>
-constexpr int kRows = sizeof(T) == 2 && !(kGrad && kSecond) ? 2 : 1;
-
-// Frames whose loads are in flight: as many as the registers beside the window of frames allow.
-template <typename T, typename M, bool kMask, bool kSecond>
-constexpr int kAhead = kMask && (kSecond || sizeof(T) + sizeof(M) > 4) ? 3 : 4;
+// Rows a thread, where they share the mask.
+template <typename T>
+constexpr int kRows = sizeof(T) == 2 ? 2 : 1;
 
 // sum += w·ρ(d), and slope = w·ρ'(d)·scale (scale/2 for l2). Where w is exactly 0 the element is left out,
-// even a NaN.
-template <bool kMask, bool kGrad, int V, typename C>
-__device__ __forceinline__ void add_term(int norm, C eps, C scale, const C (&difference)[V], const C (&w)[V],
-                                         C (&sum)[V], C (&slope)[V]) {
-  C d[V];
-#pragma unroll
-  for (int v = 0; v < V; ++v) d[v] = kMask && w[v] == 0 ? C(0) : difference[v];
-  switch (norm) {
-    case kL2:
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const C weighted = kMask ? w[v] * d[v] : d[v];
-        sum[v] = fma(weighted, d[v], sum[v]);
-        if (kGrad) slope[v] = weighted * scale;
-      }
-      break;
-    case kL1:
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        sum[v] = fma(kMask ? w[v] : C(1), fabs(d[v]), sum[v]);
-        // 0 stays 0 and NaN stays NaN
-        if (kGrad) slope[v] = (d[v] > 0 ? C(1) : d[v] < 0 ? C(-1) : d[v]) * (kMask ? w[v] * scale : scale);
-      }
-      break;
-    default:
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const C root = sqrt(fma(d[v], d[v], eps * eps));
-        sum[v] = fma(kMask ? w[v] : C(1), root - eps, sum[v]);
-        if (kGrad) slope[v] = (root == 0 ? C(0) : d[v] / root) * (kMask ? w[v] * scale : scale);
-      }
-  }
-}
-
-// One warp's columns: where they start in the first of its rows, and what is made of them.
-struct Columns {
-  int64_t sample, row, tile;
-  int64_t place, mask_place;  // of the row's first position in frame 0
-  int64_t mask_row;           // which of the mask's own rows it is
-  bool weigh;                 // these rows stand for all that share their mask row
-};
-
-__device__ __forceinline__ Columns columns_of(const TemporalParams& p, int64_t item, int64_t tiles,
-                                              int64_t groups) {
-  Columns c;
-  const int64_t rest = item / groups;
-  c.row = (item - rest * groups) * (p.rows / groups);
-  c.sample = rest / tiles;
-  c.tile = rest - c.sample * tiles;
-  c.place = c.sample * p.sample_stride;
-  c.mask_place = c.sample * p.mask_sample_stride;
-  c.mask_row = 0;
-  c.weigh = p.mask_sample_stride != 0 || c.sample == 0;
-  int64_t index = c.row, radix = 1;
-  for (int d = p.row_dims.dims - 1; d >= 0; --d) {
-    const int64_t up = d > 0 ? index / p.row_dims.size[d] : 0, i = index - up * p.row_dims.size[d];
-    c.place += i * p.row_dims.stride[0][d];
-    c.mask_place += i * p.row_dims.stride[1][d];
-    if (p.row_dims.stride[1][d] == 0) {
-      c.weigh = c.weigh && i == 0;
-    } else {
-      c.mask_row += i * radix;
-      radix *= p.row_dims.size[d];
-    }
-    index = up;
-  }
-  return c;
-}
-
-// Phase 2. The general kernel (V == 1) finds out at run time whether there is a mask and of which type.
-template <typename T, typename M, int V, int R, bool kMask, bool kGrad, bool kSecond>
-struct Pass {
-  using C = Wide<T>;
-  static constexpr int kDepth = kAhead<T, M, kMask, kSecond>;
-  using MaskSlot = std::conditional_t<V == 1, C, Raw<M, V>>;
-
-  const TemporalParams& p;
-  const T* const z;
-  const T* const ref;
-  T* const grad;
-  C sum1[R][V] = {}, sum2[R][V] = {}, weight1[V] = {}, weight2[V] = {};
-
-  __device__ explicit Pass(const TemporalParams& params)
-      : p(params),
-        z(static_cast<const T*>(params.z)),
-        ref(static_cast<const T*>(params.ref)),
-        grad(static_cast<T*>(params.grad)) {}
-
-  struct Slot {
-    Raw<T, V> z[R], ref[R];
-    MaskSlot mask;
-  };
-
-  __device__ __forceinline__ void load(Slot& slot, int64_t at, int64_t mask_at) const {
+// even a NaN. No product is contracted: the slopes must not depend on what the kernel does with them.
+template <bool kMask, bool kGrad, bool kSquare, int R, int V, typename C>
+__device__ __forceinline__ void add_term(int norm, C eps, C scale, C (&d)[R][V], const C (&w)[V],
+                                         C (&sum)[R][V], C (&slope)[R][V]) {
+  if constexpr (kSquare && kMask &&
+                !kGrad) {  // a skipped addition is one instruction fewer than a selected 0
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      load_raw<true>(slot.z[r], z + at + r * p.row_stride);
-      if (ref != nullptr) load_raw<true>(slot.ref[r], ref + at + r * p.row_stride);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (w[v] != 0) sum[r][v] = fma(multiply(w[v], d[r][v]), d[r][v], sum[r][v]);
+      }
     }
-    if constexpr (V == 1) {
-      slot.mask = p.mask == nullptr ? C(1) : element_of<T>(p.mask, p.mask_is_float, mask_at);
-    } else if constexpr (kMask) {
-      load_row<false>(slot.mask, static_cast<const M*>(p.mask) + mask_at, p.mask_position_stride);
+  } else {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) d[r][v] = kMask && w[v] == 0 ? C(0) : d[r][v];
+    }
+    if (kSquare || (V == 1 && norm == kL2)) {  // the general kernel has all of them
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const C weighted = kMask ? multiply(w[v], d[r][v]) : d[r][v];
+          sum[r][v] = fma(weighted, d[r][v], sum[r][v]);
+          if (kGrad) slope[r][v] = multiply(weighted, scale);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < R; ++r) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          C size, sign;
+          if (norm == kL1) {
+            size = fabs(d[r][v]);
+            sign = d[r][v] > 0 ? C(1) : d[r][v] < 0 ? C(-1) : d[r][v];  // 0 stays 0 and NaN stays NaN
+          } else {
+            const C root = sqrt(fma(d[r][v], d[r][v], eps * eps));
+            size = root - eps;
+            sign = root == 0 ? C(0) : d[r][v] / root;
+          }
+          sum[r][v] = fma(kMask ? w[v] : C(1), size, sum[r][v]);
+          if (kGrad) slope[r][v] = multiply(sign, kMask ? multiply(w[v], scale) : scale);
+        }
+      }
+    }
+  }
+}
+
+// What turns ρ' into a sample's gradient, and which terms have any weight.
+template <typename C>
+struct Scales {
+  C first, second;
+  bool has_first, has_second;
+};
+
+template <typename C>
+__device__ __forceinline__ Scales<C> scales_of(const TemporalParams& p, double2 weight) {
+  const double factor = p.norm == kL2 ? 2 * p.grad_scale : p.grad_scale;
+  Scales<C> s;
+  s.has_first = p.first != 0 && weight.x != 0;
+  s.has_second = p.second != 0 && weight.y != 0;
+  s.first = static_cast<C>(s.has_first ? factor * p.first / weight.x : 0);
+  s.second = static_cast<C>(s.has_second ? factor * p.second / weight.y : 0);
+  return s;
+}
+
+// Frames on their way that a thread holds in registers, 0 for the ring in shared memory. A loss without its
+// gradient has the registers, and with a mask instructions are what it runs out of first: these are fewer.
+template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond, bool kSquare>
+constexpr int kHeld =
+    V > 1 && kSquare && kMask && !kGrad && sizeof(T) + sizeof(M) == 4 ? (kSecond ? 3 : 4) : 0;
+
+// Phase 2.
+template <typename T, typename M, int V, int R, bool kMask, bool kGrad, bool kSecond, bool kSquare>
+struct Pass {
+  using C = Wide<T>;
+  using Stream = Frames<T, M, V, R, kMask, kHeld<T, M, V, kMask, kGrad, kSecond, kSquare>>;
+
+  C sum1[R][V] = {}, sum2[R][V] = {}, weight1[V] = {}, weight2[V] = {};
+
+  __device__ __forceinline__ static void store(T* out, int64_t row_stride, const C (&g)[R][V], bool inside) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      if (inside) store_narrow(out + r * row_stride, g[r]);
     }
   }
 
-  // Through the frames of V columns in each row. `at`, `mask_at`: their first element; `scale`: what turns ρ'
-  // into the gradient.
-  __device__ __forceinline__ void run(int64_t at, int64_t mask_at, bool weigh, bool first, bool second,
-                                      C scale1, C scale2) {
+  // Through the frames of V columns in each row. `out`: of the gradient's first element.
+  __device__ __forceinline__ void run(const TemporalParams& p, Stream& stream, T* out, bool inside,
+                                      const Scales<C>& scales) {
     const int frames = static_cast<int>(p.frames);
     const C eps = static_cast<C>(p.eps);
-    T* out = kGrad ? grad + at : nullptr;  // of the next frame whose gradient will be known
-    Slot slots[kDepth];
-#pragma unroll
-    for (int j = 0; j < kDepth; ++j) {
-      if (j < frames) {
-        load(slots[j], at, mask_at);
-        at += p.frame_stride;
-        mask_at += p.mask_frame_stride;
-      }
-    }
     C x_before[R][V] = {}, d_before[R][V] = {}, m_before[V] = {}, w_before[V] = {};
     // slopes that the gradients of the last frame and of the one before still wait with
     C last[R][V] = {}, earlier[R][V] = {};
-    for (int base = 0; base < frames; base += kDepth) {
+    int base = 0, rest = frames;  // of the frames: those before this round, those from there on
+    const auto walk = [&] {
+#pragma unroll 1
+      for (; rest > 0; base += Stream::kDepth, rest -= Stream::kDepth) {
+#pragma unroll(kSquare ? Stream::kDepth : 1)  // the other norms are not worth the code
+        for (int slot = 0; slot < Stream::kDepth; ++slot) {
+          if (slot > 0 && slot >= rest) return;  // from both loops: the state needs no merging
+          stream.advance(slot);
+          const bool pairs = slot > 0 || base > 0,
+                     triples = slot > 1 || base > 0;  // that end with this frame
+          C x[R][V], m[V], w1[V] = {}, w2[V] = {};
+          stream.take(slot, x, m);
+          if (pairs) {
 #pragma unroll
-      for (int j = 0; j < kDepth; ++j) {
-        const int t = base + j;
-        if (t >= frames) break;
-        C x[R][V], m[V], w1[V] = {}, w2[V] = {};
+            for (int v = 0; v < V; ++v) {
+              w1[v] = kMask ? multiply(m_before[v], m[v]) : C(1);
+              if (kMask && !kGrad) weight1[v] += w1[v];
+              if (kSecond && triples) {
+                w2[v] = kMask ? multiply(w_before[v], m[v]) : C(1);
+                if (kMask && !kGrad) weight2[v] += w2[v];
+              }
+            }
+            C d[R][V], e[R][V] = {}, f[R][V] = {}, dd[R][V];
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          widen_raw(slots[j].z[r], x[r]);
-          if (ref != nullptr) {
-            C y[V];
-            widen_raw(slots[j].ref[r], y);
+            for (int r = 0; r < R; ++r) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) x[r][v] -= y[v];
+              for (int v = 0; v < V; ++v) {
+                d[r][v] = x[r][v] - x_before[r][v];
+                dd[r][v] = d[r][v] - d_before[r][v];
+                d_before[r][v] = d[r][v];
+              }
+            }
+            if (!kGrad || scales.has_first)
+              add_term<kMask, kGrad, kSquare>(p.norm, eps, scales.first, d, w1, sum1, e);
+            if (kSecond && triples && (!kGrad || scales.has_second))
+              add_term<kMask, kGrad, kSquare>(p.norm, eps, scales.second, dd, w2, sum2, f);
+            if constexpr (kGrad) {
+              C g[R][V];
+#pragma unroll
+              for (int r = 0; r < R; ++r) {
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                  if constexpr (kSecond) {
+                    // frame t−2 lacks only +f of its gradient, frame t−1 has −e and −2f to come, frame t
+                    // begins with e and f
+                    g[r][v] = earlier[r][v] + f[r][v];
+                    earlier[r][v] = last[r][v] - e[r][v] - 2 * f[r][v];
+                    last[r][v] = e[r][v] + f[r][v];
+                  } else {
+                    g[r][v] = last[r][v] - e[r][v];
+                    last[r][v] = e[r][v];
+                  }
+                }
+              }
+              if (!kSecond || triples) {
+                store(out, p.row_stride, g, inside);
+                out += p.frame_stride;
+              }
+            }
           }
-        }
-        if constexpr (V == 1) {
-          m[0] = slots[j].mask;
-        } else if constexpr (kMask) {
-          fill_row(slots[j].mask, p.mask_position_stride);
-          widen_raw(slots[j].mask, m);
-        }
-        if (t + kDepth < frames) {
-          load(slots[j], at, mask_at);
-          at += p.frame_stride;
-          mask_at += p.mask_frame_stride;
-        }
-        if (t > 0) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            w1[v] = kMask ? multiply(m_before[v], m[v]) : C(1);
-            if (kMask && !kGrad && weigh) weight1[v] += w1[v];
-            if (kSecond && t > 1) {
-              w2[v] = kMask ? multiply(w_before[v], m[v]) : C(1);
-              if (kMask && !kGrad && weigh) weight2[v] += w2[v];
-            }
+#pragma unroll
+            for (int r = 0; r < R; ++r) x_before[r][v] = x[r][v];
+            if (kMask) m_before[v] = m[v];
+            if (kMask && kSecond) w_before[v] = w1[v];
           }
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-            C d[V], e[V] = {}, f[V] = {};
-#pragma unroll
-            for (int v = 0; v < V; ++v) d[v] = x[r][v] - x_before[r][v];
-            if (first) add_term<kMask, kGrad>(p.norm, eps, scale1, d, w1, sum1[r], e);
-            if (kSecond && t > 1) {
-              C dd[V];
-#pragma unroll
-              for (int v = 0; v < V; ++v) dd[v] = d[v] - d_before[r][v];
-              if (second) add_term<kMask, kGrad>(p.norm, eps, scale2, dd, w2, sum2[r], f);
-            }
-            if constexpr (kGrad && kSecond) {
-              // frame t−2 lacks only +f of its gradient, frame t−1 has −e and −2f to come, frame t begins
-              // with e and f
-              if (t > 1) {
-                C g[V];
-#pragma unroll
-                for (int v = 0; v < V; ++v) g[v] = earlier[r][v] + f[v];
-                store_narrow(out + r * p.row_stride, g);
-              }
-#pragma unroll
-              for (int v = 0; v < V; ++v) {
-                earlier[r][v] = last[r][v] - e[v] - 2 * f[v];
-                last[r][v] = e[v] + f[v];
-              }
-            } else if constexpr (kGrad) {
-              C g[V];
-#pragma unroll
-              for (int v = 0; v < V; ++v) {
-                g[v] = last[r][v] - e[v];
-                last[r][v] = e[v];
-              }
-              store_narrow(out + r * p.row_stride, g);
-            }
-            if constexpr (kSecond) {
-#pragma unroll
-              for (int v = 0; v < V; ++v) d_before[r][v] = d[v];
-            }
-          }
-          if (kGrad && (!kSecond || t > 1)) out += p.frame_stride;
-        }
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-#pragma unroll
-          for (int r = 0; r < R; ++r) x_before[r][v] = x[r][v];
-          if (kMask) m_before[v] = m[v];
-          if (kMask && kSecond) w_before[v] = w1[v];
         }
       }
-    }
+    };
+    walk();
+    stream.finish(frames % Stream::kDepth);
     if constexpr (kGrad) {
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        T* rest = out + r * p.row_stride;
-        if (kSecond && frames > 1) {
-          store_narrow(rest, earlier[r]);
-          rest += p.frame_stride;
-        }
-        store_narrow(rest, last[r]);
+      if (kSecond && frames > 1) {
+        store(out, p.row_stride, earlier, inside);
+        out += p.frame_stride;
       }
+      store(out, p.row_stride, last, inside);
+    }
+    if (inside) return;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+#pragma unroll
+      for (int r = 0; r < R; ++r) sum1[r][v] = sum2[r][v] = 0;
+      weight1[v] = weight2[v] = 0;
     }
   }
 };
@@ -265,65 +220,78 @@ struct Pass {
 // One line of 128 bytes into L2.
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Blocks a multiprocessor that the registers have to do for.
-template <typename T, typename M, int R, bool kMask, bool kGrad, bool kSecond>
-constexpr int kBlocks = sizeof(T) + sizeof(M) == 4 && !kSecond && R == 1 && !(kMask && kGrad) ? 3 : 2;
+// All that a warp will read of an item: it can come from memory while the weights are summed.
+template <typename T, int V, int R>
+__device__ __forceinline__ void prefetch_item(const TemporalParams& p, const Items& items, uint32_t item) {
+  const Columns c = columns_of<R>(p, items, item);
+  constexpr int kLine = 128 / sizeof(T), kLines = (32 * V + kLine - 1) / kLine;
+  for (int64_t i = threadIdx.x % 32; i < p.frames * R * kLines; i += 32) {
+    const int64_t row = i / kLines, t = row / R;
+    const int64_t position = c.tile * int64_t{32} * V + (i - row * kLines) * kLine;
+    if (position < p.positions) {
+      const int64_t at = c.place + (row - t * R) * p.row_stride + t * p.frame_stride + position;
+      prefetch(static_cast<const T*>(p.z) + at);
+      if (p.ref != nullptr) prefetch(static_cast<const T*>(p.ref) + at);
+    }
+  }
+}
 
-template <typename T, typename M, int V, int R, bool kMask, bool kGrad, bool kSecond>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, M, R, kMask, kGrad, kSecond>)
+constexpr int kKnownScales = 64;  // samples whose scales a block keeps
+
+// Blocks a multiprocessor that the registers have to do for.
+template <typename T, typename M, bool kMask>
+constexpr int kBlocks = sizeof(T) + sizeof(M) == 4 && !kMask ? 3 : 2;
+
+template <typename T, typename M, int V, int R, bool kMask, bool kGrad, bool kSecond, bool kSquare>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, M, kMask>)
     temporal_kernel(const __grid_constant__ TemporalParams p) {
   using C = Wide<T>;
+  using Stream = Frames<T, M, V, R, kMask, kHeld<T, M, V, kMask, kGrad, kSecond, kSquare>>;
   __shared__ double2 shared[kWarps];
+  __shared__ Scales<C> known[kGrad && kMask ? kKnownScales : 1];
+  __shared__ alignas(16) unsigned char rings[kWarps * sizeof(typename Stream::Ring)];
   const auto grid = cooperative_groups::this_grid();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = p.granules / V, groups = p.rows / R, items = p.batch * groups * tiles;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
+  const uint32_t tiles = static_cast<uint32_t>(p.granules / V), groups = static_cast<uint32_t>(p.rows / R);
+  const Items items{static_cast<uint32_t>(p.batch) * groups * tiles, tiles, groups};
+  const uint32_t step = gridDim.x * kWarps;
   // few items: one a warp at most, over as many blocks as there are
-  const int64_t begin = p.spread ? warp * static_cast<int64_t>(gridDim.x) + blockIdx.x
-                                 : blockIdx.x * static_cast<int64_t>(kWarps) + warp;
+  const uint32_t begin = p.spread ? warp * gridDim.x + blockIdx.x : blockIdx.x * kWarps + warp;
+  Stream stream(p, items, reinterpret_cast<typename Stream::Ring*>(rings)[warp], begin, step);
+  stream.start();
 
-  if (kGrad && kMask && p.mask != nullptr) {
-    if (p.spread &&
-        begin < items) {  // what the pass will read can come from memory while the weights are summed
-      const Columns c = columns_of(p, begin, tiles, groups);
-      constexpr int kLine = 128 / sizeof(T), kLines = (32 * V + kLine - 1) / kLine;
-      for (int64_t i = lane; i < p.frames * R * kLines; i += 32) {
-        const int64_t row = i / kLines, t = row / R;
-        const int64_t position = c.tile * 32 * V + (i - row * kLines) * kLine;
-        if (position < p.positions) {
-          const int64_t at = c.place + (row - t * R) * p.row_stride + t * p.frame_stride + position;
-          prefetch(static_cast<const T*>(p.z) + at);
-          if (p.ref != nullptr) prefetch(static_cast<const T*>(p.ref) + at);
-        }
+  const bool normalise = kGrad && kMask && p.mask != nullptr;  // by weights that have to be summed first
+  if constexpr (kGrad && kMask) {
+    if (normalise) {
+      if (p.spread && begin < items.count) prefetch_item<T, V, R>(p, items, begin);
+      sum_weights<T, M, V, kSecond>(p);
+      grid.sync();
+      for (int sample = warp; sample < min(p.mask_batch, int64_t{kKnownScales}); sample += kWarps) {
+        const double2 weight = weight_of(p, sample);
+        if (lane == 0) known[sample] = scales_of<C>(p, weight);
       }
+      __syncthreads();
     }
-    if constexpr (kGrad && kMask) sum_weights<T, M, V, kSecond>(p);
-    grid.sync();
   }
 
-  for (int64_t item = begin; item < items; item += step) {
-    const Columns c = columns_of(p, item, tiles, groups);
-    const int64_t position = (c.tile * 32 + lane) * V;
-    bool first = p.first != 0, second = p.second != 0;
-    C scale1 = 0, scale2 = 0;
+  for (uint32_t item = begin; item < items.count; item += step) {
+    const Columns c = columns_of<R>(p, items, item);
+    stream.begin(item, c.mask_place);
+    const int64_t position = (c.tile * int64_t{32} + lane) * V;
+    const uint32_t mask_sample = p.mask_batch > 1 ? c.sample : 0;
+    Scales<C> scales{0, 0, p.first != 0, p.second != 0};
     if constexpr (kGrad) {
-      const double2 weight = weight_of(p, c.sample);
-      first = first && weight.x != 0;
-      second = second && weight.y != 0;
-      const double factor = p.norm == kL2 ? 2 * p.grad_scale : p.grad_scale;
-      scale1 = static_cast<C>(first ? factor * p.first / weight.x : 0);
-      scale2 = static_cast<C>(second ? factor * p.second / weight.y : 0);
+      scales = normalise && mask_sample < kKnownScales ? known[mask_sample]
+                                                       : scales_of<C>(p, weight_of(p, c.sample));
     }
     double2* const loss_sums = p.loss_sums + (c.sample * p.rows + c.row) * p.granules + c.tile * V;
     double2* const weight_sums =
         kMask && !kGrad && p.mask != nullptr && c.weigh
             ? p.weight_sums + (c.sample * p.mask_rows + c.mask_row) * p.granules + c.tile * V
             : nullptr;
-    Pass<T, M, V, R, kMask, kGrad, kSecond> pass(p);
-    if (position < p.positions) {
-      pass.run(c.place + position, c.mask_place + position * p.mask_position_stride, weight_sums != nullptr,
-               first, second, scale1, scale2);
-    }
+    Pass<T, M, V, R, kMask, kGrad, kSecond, kSquare> pass;
+    pass.run(p, stream, kGrad ? static_cast<T*>(p.grad) + c.place + position : nullptr,
+             position < p.positions, scales);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       store_granules(loss_sums + r * p.granules, pass.sum1[r], pass.sum2[r], lane);

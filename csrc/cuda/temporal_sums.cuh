@@ -33,6 +33,8 @@ struct TemporalParams {
   int64_t row_stride;             // between neighbours along the last of row_dims
   int64_t mask_batch, mask_rows;  // without those along which the mask is broadcast
   int64_t mask_sample_stride, mask_frame_stride, mask_position_stride;
+  int64_t frame_bytes, row_bytes,
+      mask_frame_bytes;     // the same steps as bytes: the loop over frames adds nothing else
   Joined<2> row_dims;       // a row's place in z and in the mask
   Joined<1> mask_row_dims;  // the mask's own rows
   double first, second;     // 0 where there are too few frames
@@ -96,7 +98,7 @@ struct Slices {
 inline __device__ double2 block_total(const double2* sums, int64_t count, double2* shared) {
   const Slices slices(count);
   double2 total = {0.0, 0.0};
-#pragma unroll 1
+#pragma unroll 2
   for (int64_t unit = slices.begin(threadIdx.x); unit < slices.begin(threadIdx.x + 1); ++unit) {
     double2 part[kUnitGranules];
 #pragma unroll
@@ -163,9 +165,9 @@ __device__ double2 weights_of(const TemporalParams& p, int64_t at, int64_t prese
   return neighbours(part);
 }
 
-// Phase 1: Σ w1 and Σ w2 of the mask, a warp a slice.
+// Phase 1: Σ w1 and Σ w2 of the mask, a warp a slice. Not inlined: its registers are not the pass's.
 template <typename T, typename M, int V, bool kSecond>
-__device__ void sum_weights(const TemporalParams& p) {
+__device__ __noinline__ void sum_weights(const TemporalParams& p) {
   constexpr int kEach = kUnit / 32;
   const int lane = threadIdx.x % 32;
   const int64_t row_units = p.granules / kUnitGranules;

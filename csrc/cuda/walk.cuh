@@ -3,9 +3,10 @@
 // The target's joined dimensions (common/broadcast.h) are split in three: the innermost one, a contiguous
 // row, which the lanes of a warp share in vectors of V elements; one dimension of repeats, which each thread
 // walks in a loop, chosen by the kernel so that some operand does not change along it and is read once; and
-// the outer rest. A block covers a tile of blockDim.x vectors of blockDim.y outer rows: rows that read the
-// same mask share it in L1. Blocks that differ only in their chunk of repeats are neighbours in the grid:
-// what they share is read from memory once and then from L2.
+// the outer rest. A block covers a tile of blockDim.x vectors of an outer row, 4 KiB that lie together (of
+// blockDim.y rows where rows are short). Blocks that differ only in their chunk of repeats are neighbours in
+// the grid: what they share is read from memory once and then from L2. So are, where rows share an operand,
+// the blocks of different rows at the same positions.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +29,8 @@ struct Walk {
   uint32_t chunk;           // repeats a thread
   uint32_t chunks;          // blocks that share a tile of rows
   uint32_t tiles;           // tiles along the row
+  uint32_t
+      row_tiles;  // blocks that share a tile but for their rows, if they are neighbours in the grid, or 0
 };
 
 template <int N>
@@ -41,7 +44,9 @@ struct Spot {
 template <int V, int N>
 __device__ __forceinline__ bool locate(const Walk<N>& walk, Spot<N>& spot) {
   const uint32_t tile_and_row = blockIdx.x / walk.chunks, chunk = blockIdx.x - tile_and_row * walk.chunks;
-  const uint32_t row_tile = tile_and_row / walk.tiles, tile = tile_and_row - row_tile * walk.tiles;
+  const uint32_t fastest = walk.row_tiles != 0 ? walk.row_tiles : walk.tiles;
+  const uint32_t slow = tile_and_row / fastest, fast = tile_and_row - slow * fastest;
+  const uint32_t row_tile = walk.row_tiles != 0 ? fast : slow, tile = walk.row_tiles != 0 ? slow : fast;
   int64_t row = static_cast<int64_t>(row_tile) * blockDim.y + threadIdx.y;
   spot.position = (static_cast<int64_t>(tile) * blockDim.x + threadIdx.x) * V;
   spot.first = static_cast<int64_t>(chunk) * walk.chunk;
@@ -66,7 +71,7 @@ __device__ __forceinline__ bool locate(const Walk<N>& walk, Spot<N>& spot) {
 constexpr int kWalkThreads = 256;
 
 // Split `joined` for vectors of `vec` elements. `repeat_dim`: the dimension to repeat over, -1 for pieces of
-// the row; `shared_rows`: let a block take several outer rows at the same positions; `chunk`: the most
+// the row; `shared_rows`: outer rows read the same at the same positions; `chunk`: the most
 // repeats a thread should make; `group`: how many neighbours along the last outer dimension a thread takes,
 // 1 or a divisor of its size.
 template <int N>
@@ -93,11 +98,9 @@ Walk<N> make_walk(const Joined<N>& joined, int repeat_dim, int vec, bool shared_
     }
   }
   const int64_t vectors = ceil_div<int64_t>(walk.inner, vec);
-  uint32_t rows = shared_rows ? static_cast<uint32_t>(std::min<int64_t>(8, walk.rows)) : 1;
-  while (rows & (rows - 1)) rows &= rows - 1;  // a power of two
-  uint32_t lanes = kWalkThreads / rows;
+  uint32_t lanes = kWalkThreads;
   while (lanes > 1 && lanes / 2 >= vectors) lanes /= 2;
-  rows = kWalkThreads / lanes;  // short rows: the threads left over take more of them
+  const uint32_t rows = kWalkThreads / lanes;  // short rows: the threads left over take more of them
   block = dim3(lanes, rows);
   if (repeat_dim >= 0) {
     walk.repeats = joined.size[repeat_dim];
@@ -112,6 +115,7 @@ Walk<N> make_walk(const Joined<N>& joined, int repeat_dim, int vec, bool shared_
   }
   for (int k = 0; k < N; ++k) walk.inner_stride[k] = joined.stride[k][last];
   const int64_t row_tiles = ceil_div<int64_t>(walk.rows, rows);
+  walk.row_tiles = shared_rows && row_tiles <= UINT32_MAX ? static_cast<uint32_t>(row_tiles) : 0;
   const auto blocks = [&](uint32_t c) { return row_tiles * walk.tiles * ceil_div<int64_t>(walk.repeats, c); };
   // small tensors: rather more blocks, so that every multiprocessor has some
   while (chunk > 1 && blocks(chunk) < 3 * device.multiprocessors) chunk /= 2;
