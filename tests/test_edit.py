@@ -88,11 +88,12 @@ def test_rule6_edit_multiplies_as_written(target: Target) -> None:
 
 @every_dtype
 def test_edit_sums_in_the_order_of_the_directions(dtype: torch.dtype, target: Target) -> None:
-    """(z + huge) − huge is 0 if huge swallows z, where z + (huge − huge) would be z."""
+    """(huge + 1) − huge is 0 if huge swallows 1, where huge − huge + 1 would be 1. z itself may come first or last."""
     huge = 2.0 ** (70 if dtype == torch.float64 else 40)
-    z = torch.ones(2, 3, dtype=dtype, device=target.device)
-    directions = torch.ones(2, 2, 3, dtype=dtype, device=target.device)
-    assert torch.equal(latentfast.edit(z, directions, [huge, -huge]), torch.zeros_like(z))
+    z = torch.zeros(2, 3, dtype=dtype, device=target.device)
+    directions = torch.ones(3, 2, 3, dtype=dtype, device=target.device)
+    assert torch.equal(latentfast.edit(z, directions, [huge, 1.0, -huge]), z)
+    assert torch.equal(latentfast.edit(z, directions, [huge, -huge, 1.0]), z + 1)
 
 
 # --- Values: forms of strengths, masks and directions -----------------------------------------------------------------

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 import latentfast
-from tests.helpers import TARGETS, Draw, Target, fixed_upstream, same_bits, why_missing
+from tests.helpers import (
+    TARGETS,
+    Draw,
+    Target,
+    fixed_upstream,
+    same_bits,
+    skip_where_torch_adds_atomically,
+    why_missing,
+)
 from tests.operations import BY_NAME, OPERATIONS, Operation
 
 CUDA_TARGETS = [target for target in TARGETS if target.device == "cuda"]
@@ -167,6 +175,7 @@ def test_runs_on_the_current_stream(operation: Operation, gpu: Target) -> None:
 
 @every_operation
 def test_on_a_device_that_is_not_the_current_one(operation: Operation, gpu: Target) -> None:
+    skip_where_torch_adds_atomically(gpu, operation.function)
     if torch.cuda.device_count() < 2:
         pytest.skip("torch sees one CUDA device, two are needed")
     results = []

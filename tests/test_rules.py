@@ -20,6 +20,7 @@ from tests.helpers import (
     fixed_upstream,
     gradients,
     same_bits,
+    skip_where_torch_adds_atomically,
     widened,
     working_dtype,
 )
@@ -58,8 +59,7 @@ def _skip_where_torch_sums(operation: Operation, target: Target) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_operation
 def test_rule1_same_bits_on_every_run(operation: Operation, dtype: torch.dtype, target: Target) -> None:
-    if str(target) == "eager@cuda" and operation.function == "warp_loss":
-        pytest.skip("torch's gradient of gather adds atomically on a GPU (docs/numerics.md, 1)")
+    skip_where_torch_adds_atomically(target, operation.function)
     inputs = _inputs(operation, target, dtype)
     first = _result_and_gradients(operation, inputs)
     for _ in range(1 if target.interpreted else 5):
@@ -158,6 +158,7 @@ def test_rule2_gradcheck_in_float64(operation: Operation, target: Target) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_operation
 def test_any_layout_gives_the_same_bits(operation: Operation, layout: str, target: Target) -> None:
+    skip_where_torch_adds_atomically(target, operation.function)
     inputs = _inputs(operation, target)
     expected = _result_and_gradients(operation, inputs)
     viewed = {name: LAYOUTS[layout](x) for name, x in inputs.items()}
@@ -178,6 +179,7 @@ def test_expanded_inputs_are_read_as_they_are(operation: Operation, target: Targ
 
 @differentiable
 def test_expanded_gradients_of_a_sum(operation: Operation, target: Target) -> None:
+    skip_where_torch_adds_atomically(target, operation.function)
     inputs = _inputs(operation, target)
     names = operation.differentiable
     expected = gradients(operation.call, inputs, names, torch.ones_like(operation.call(**inputs)))[1]
@@ -209,6 +211,7 @@ def test_results_are_new_and_inputs_unchanged(operation: Operation, target: Targ
 @every_operation
 def test_every_element_is_written(operation: Operation, target: Target) -> None:
     """torch.empty holds NaN here, so that an element that a kernel leaves out shows."""
+    skip_where_torch_adds_atomically(target, operation.function)
     inputs = _inputs(operation, target)
     expected = _result_and_gradients(operation, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -242,6 +245,7 @@ def test_out_is_written_and_nothing_around_it(operation: Operation, dtype: torch
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @every_per_sample
 def test_rule6_non_finite_values_stay_in_their_sample(operation: Operation, value: float, target: Target) -> None:
+    skip_where_torch_adds_atomically(target, operation.function)
     for name in operation.latents:
         dim = operation.samples[name]
         if dim is None:

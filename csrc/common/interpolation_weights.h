@@ -47,6 +47,13 @@ constexpr double kOpposite = 1.4e-6;
 constexpr double kOppositeSquared = kOpposite * kOpposite;
 // Angle below which sin(sθ)/sin(θ) is taken from its series; the first term left out is of the order θ⁶.
 constexpr double kSmallAngle = 1e-3;
+// Weights this large cancel each other (vectors that are nearly opposite).
+constexpr double kLargeWeight = 8.0;
+
+// Whether elements have to be combined in float64 with these.
+LATENTFAST_HD bool is_delicate(const Weights& w) {
+  return w.turn != 0.0 || fabs(w.a) > kLargeWeight || fabs(w.b) > kLargeWeight;
+}
 
 // What a pair of vectors is for its weights, whatever t: computed once for a whole path.
 template <typename C>

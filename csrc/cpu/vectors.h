@@ -160,14 +160,6 @@ class Times {
   int64_t columns_ = 1;
 };
 
-// Weights this large cancel each other (vectors that are nearly opposite): then elements are combined in
-// float64.
-constexpr double kLargeWeight = 8.0;
-
-inline bool is_delicate(const Weights& w) {
-  return w.turn != 0.0 || std::fabs(w.a) > kLargeWeight || std::fabs(w.b) > kLargeWeight;
-}
-
 // How a vector is turned by a quarter: see interpolation_weights.h.
 struct QuarterTurn {
   int64_t size = 0;

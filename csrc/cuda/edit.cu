@@ -13,13 +13,14 @@
 // - Anything else (rows that are no multiple of a vector, unaligned pointers, double): the same walk, an
 //   element at a time.
 //
-// The arithmetic of an element does not depend on which of these ran, nor on the batch. With one mask for all
-// directions the step is summed first, in the order of n, and masked once; with a mask for each direction
-// they are added to z in that order.
+// The arithmetic of an element does not depend on which of these ran, nor on the batch: the step is summed
+// first, in the order of n, each term with its own mask where there is one for each direction, then masked if
+// there is one for all, and added to z.
 #include <vector>
 
 #include "../common/operators.h"
 #include "columns.cuh"
+#include "upload.cuh"
 #include "walk.cuh"
 
 namespace latentfast::cuda {
@@ -173,13 +174,12 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
         load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
       }
     }
-    [[maybe_unused]] C step[U][V];  // z + step with a mask for each direction
+    [[maybe_unused]] C step[U][V];
     if constexpr (kDirections == kSeveral) {
 #pragma unroll
       for (int u = 0; u < U; ++u) {
 #pragma unroll
         for (int v = 0; v < V; ++v) step[u][v] = 0;
-        if (kind == kMaskEach && inside(u)) widen_raw(z[u], step[u]);
       }
 #pragma unroll 2
       for (int64_t n = 0; n < p.count; ++n) {
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
             fill_row(each[u], walk.inner_stride[kMask]);
             widen_raw(each[u], w);
 #pragma unroll
-            for (int v = 0; v < V; ++v) step[u][v] = fma(w[v], s * d[v], step[u][v]);
+            for (int v = 0; v < V; ++v) step[u][v] = fma(w[v] * s, d[v], step[u][v]);
           } else {
 #pragma unroll
             for (int v = 0; v < V; ++v) step[u][v] = fma(s, d[v], step[u][v]);
@@ -239,9 +239,7 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        x[v] = kind == kOneMask    ? fma(w[v], move[v], x[v])
-               : kind == kMaskEach ? move[v]
-                                   : rounded_sum(x[v], move[v]);
+        x[v] = kind == kOneMask ? fma(w[v], move[v], x[v]) : rounded_sum(x[v], move[v]);
       }
       store_narrow(p.out + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ], x);
     }
@@ -320,29 +318,6 @@ __global__ void __launch_bounds__(kWalkThreads) blend_kernel(const __grid_consta
       for (int v = 0; v < V; ++v) mixed[v] = fma(w[v], y[v] - x[v], x[v]);
       store_selected(p.out + spot.offset[0] + (r0 + u) * walk.repeat_stride[0], base[u], edited[u], w, mixed);
     }
-  }
-}
-
-// More strengths than a kernel takes by value: a few launches write them to device memory, which a CUDA graph
-// can record.
-template <typename C>
-struct Handful {
-  C value[256];
-};
-
-template <typename C>
-__global__ void write_handful(const __grid_constant__ Handful<C> handful, C* out, int count) {
-  if (static_cast<int>(threadIdx.x) < count) out[threadIdx.x] = handful.value[threadIdx.x];
-}
-
-template <typename C>
-void upload(std::span<const double> values, C* out, cudaStream_t stream) {
-  for (size_t begin = 0; begin < values.size(); begin += 256) {
-    const int count = static_cast<int>(std::min<size_t>(256, values.size() - begin));
-    Handful<C> handful;
-    for (int i = 0; i < count; ++i) handful.value[i] = static_cast<C>(values[begin + i]);
-    write_handful<C><<<1, 256, 0, stream>>>(handful, out + begin, count);
-    check_launch("edit");
   }
 }
 

@@ -129,18 +129,18 @@ struct NoLast {
 // --- sums
 // -----------------------------------------------------------------------------------------------------------------
 
-// One lane's share, in float64.
+// One lane's share, in float64. `kLong`: of a vector of more than kShortPieces pieces. There, products of
+// halves, exact in float32, are summed by eight before they are widened, because conversions to float64 run
+// at an eighth of the rate: among so many sums these roundings vanish, but for angles within 1e-3 of π.
 struct LaneSums {
   double aa = 0.0, bb = 0.0, ab = 0.0;
 
-  template <typename T>
+  template <typename T, bool kLong>
   __device__ __forceinline__ void add(const uint4& raw_a, const uint4& raw_b) {
     Wide<T> x[kPack<T>], y[kPack<T>];
     unpack<T>(raw_a, x);
     unpack<T>(raw_b, y);
-    if constexpr (sizeof(T) == 2) {
-      // Products of halves are exact in float32; eight are summed there before they are widened, because
-      // conversions to float64 run at an eighth of the rate.
+    if constexpr (sizeof(T) == 2 && kLong) {
       float saa = x[0] * x[0], sbb = y[0] * y[0], sab = x[0] * y[0];
 #pragma unroll
       for (int i = 1; i < kPack<T>; ++i) {
@@ -271,11 +271,11 @@ struct LanePacks {
   uint4 a[J], b[J];
 };
 
-template <typename T, int J>
+template <typename T, bool kLong, int J>
 __device__ __forceinline__ double sum_packs(const LanePacks<J>& packs) {
   LaneSums s;
 #pragma unroll
-  for (int j = 0; j < J; ++j) s.add<T>(packs.a[j], packs.b[j]);
+  for (int j = 0; j < J; ++j) s.add<T, kLong>(packs.a[j], packs.b[j]);
   return fold_warp(s);
 }
 

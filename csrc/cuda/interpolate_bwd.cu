@@ -9,15 +9,13 @@
 // for lerp without a gradient of t; a thread for every vector and t, which makes the weights and slopes; the
 // gradients. Elements are read from memory twice.
 #include "interpolate.cuh"
+#include "upload.cuh"
 #include "vector_sums.cuh"
 
 namespace latentfast::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Weights this large cancel each other (vectors that are nearly opposite): then elements are combined in
-// float64.
-constexpr double kLargeWeight = 8.0;
 // A vector's sums: |a|², |b|², a·b, and at each t g·a, g·b, g·Q(a).
 constexpr int kOwnSums = 3, kSumsEach = 3;
 
@@ -90,11 +88,6 @@ struct GradientSums {
   // Q(a) has a part in the gradient of t alone.
   __device__ bool turns() const { return of.bends() && of.grad_t != nullptr; }
 };
-
-// More values of t than go by value with a launch, into a tensor of their own.
-__global__ void put_values_kernel(const __grid_constant__ Values values, int count, double* to) {
-  if (threadIdx.x < count) to[threadIdx.x] = values.host[threadIdx.x];
-}
 
 // The weights and slopes of every vector at every t. `shares`: (K, vectors).
 template <typename T>
@@ -236,8 +229,7 @@ __global__ void __launch_bounds__(kThreads)
       total.aa += share.aa;
       total.bb += share.bb;
       total.ab += share.ab;
-      delicate =
-          delicate || share.turn != 0.0 || fabs(share.a) > kLargeWeight || fabs(share.b) > kLargeWeight;
+      delicate = delicate || is_delicate({share.a, share.b, share.turn});
     }
     if (delicate) {
       write_gradients<T, kAccess, double>(of, vectors, values, part, mine, total);
@@ -263,12 +255,7 @@ void run(const Target& target, const Backward& of, const PartedVectors& vectors,
   Share* const shares = reinterpret_cast<Share*>(sums + sums_doubles);
   if (uploads) {
     double* const to = sums + sums_doubles + shares_doubles;
-    for (int64_t first = 0; first < count; first += kMaxValues) {
-      const int some = static_cast<int>(std::min<int64_t>(kMaxValues, count - first));
-      std::copy_n(ts.begin() + first, some, values.host);
-      put_values_kernel<<<1, kMaxValues, 0, target.stream>>>(values, some, to + first);
-    }
-    check_launch("interpolate_bwd, values of t");
+    upload(ts, to, target.stream);
     values.device = to;
     values.device_is_double = true;
     values.per_vector = 1;

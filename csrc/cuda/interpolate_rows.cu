@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   Sums sums{0.0, 0.0, 0.0};  // lane i: those of the vector that its weights are for
   for (int v = 0; v < mine; ++v) {
     const LanePacks<J> packs = load_piece<T, Aligned, J>(arguments, vectors.base(begin + v), piece.elements);
-    const double folded = sum_packs<T>(packs);
+    const double folded = sum_packs<T, false>(packs);
     const Sums all{__shfl_sync(0xffffffffu, folded, 0), __shfl_sync(0xffffffffu, folded, 8),
                    __shfl_sync(0xffffffffu, folded, 16)};
     if (lane / values == v) sums = all;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, Aligned ? 3 : 1)
   if (has_piece) {
     piece = piece_of<T>(vectors, warp);
     packs = load_piece<T, Aligned>(arguments, base + piece.offset, piece.elements);
-    const double folded = sum_packs<T>(packs);
+    const double folded = sum_packs<T, false>(packs);
     const int component = folded_component();
     if (component >= 0) piece_sums[warp][component] = folded;
   }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * kChunkPieces<T>)
     const int pieces = min(P, vectors.pieces - chunk * P);
     if (warp < pieces) {
       const Piece piece = piece_of<T>(vectors, chunk * P + warp);
-      const double folded = sum_packs<T>(
+      const double folded = sum_packs<T, true>(
           load_piece<T, Aligned>(arguments, vectors.base(vector) + piece.offset, piece.elements));
       const int component = folded_component();
       if (component >= 0) piece_sums[warp][component] = folded;

@@ -103,7 +103,7 @@ __device__ __forceinline__ Scales<C> scales_of(const TemporalParams& p, double2 
 // gradient has the registers, and with a mask instructions are what it runs out of first: these are fewer.
 template <typename T, typename M, int V, bool kMask, bool kGrad, bool kSecond, bool kSquare>
 constexpr int kHeld =
-    V > 1 && kSquare && kMask && !kGrad && sizeof(T) + sizeof(M) == 4 ? (kSecond ? 3 : 4) : 0;
+    V > 1 && kSquare && !kGrad && sizeof(T) == 2 && (!kMask || sizeof(M) == 2) ? (kMask ? 3 : 7) : 0;
 
 // Phase 2.
 template <typename T, typename M, int V, int R, bool kMask, bool kGrad, bool kSecond, bool kSquare>
