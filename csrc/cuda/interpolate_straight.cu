@@ -76,27 +76,16 @@ __global__ void __launch_bounds__(kThreads, PerVector ? 2 : 4)
       raw_b[j] = load_once(b + i);
     }
   }
-  if constexpr (!PerVector) {
-    // Weights are made of float64, so once for all packs: for each, that took an eighth of the time.
-    for (int k = 0; k < arguments.values.count; ++k) {
-      const Blend<Wide<T>> w(arguments.values.at(k, 0));
+  // Pack by pack, so that only one is widened at a time.
 #pragma unroll
-      for (int j = 0; j < kThreadPacks; ++j) {
-        const int64_t i = first + j * kThreads;
-        if (i < packs) {
-          store_once(static_cast<T*>(arguments.out) + k * arguments.numel + i * L,
-                     blend_pack<T>(w, raw_a[j], raw_b[j]));
-        }
-      }
-    }
-  } else {
-    // Pack by pack, so that only one is widened at a time.
-#pragma unroll
-    for (int j = 0; j < kThreadPacks; ++j) {
-      const int64_t i = first + j * kThreads;
-      if (i >= packs) continue;
-      T* out = static_cast<T*>(arguments.out) + i * L;
-      for (int k = 0; k < arguments.values.count; ++k, out += arguments.numel) {
+  for (int j = 0; j < kThreadPacks; ++j) {
+    const int64_t i = first + j * kThreads;
+    if (i >= packs) continue;
+    T* out = static_cast<T*>(arguments.out) + i * L;
+    for (int k = 0; k < arguments.values.count; ++k, out += arguments.numel) {
+      if constexpr (!PerVector) {
+        store_once(out, blend_pack<T>(Blend<Wide<T>>(arguments.values.at(k, 0)), raw_a[j], raw_b[j]));
+      } else {
         Place place(arguments.vectors, i * L);
         if (place.column + L <= arguments.vectors.m) {
           const Blend<Wide<T>> w(arguments.values.at(k, place.vector()));

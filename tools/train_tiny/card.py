@@ -35,8 +35,11 @@ words left out (`latentfast.tiny.caption`). Vocabulary: {words} words; others ar
 | judge | {judge_steps} | see below |
 | text encoder and transformer | {steps}, {seconds:.0f} s | loss {loss:.4f} |
 {more}
-Repeat it: `python -m tools.train_tiny all` (by time, seed 0), or with `--vae-steps {vae_steps}
---judge-steps {judge_steps} --steps {steps}` for the same schedule on a slower or faster device.
+The text encoder first learns alone which words describe the same shape (`tools/train_tiny/binding.py`); while the
+transformer learns, the tokens of a middle block also have to tell what stands where (`grounding.py`).
+
+Repeat it: `python -m tools.train_tiny all --seed {seed}{cut}` (by time), or with `--vae-steps {vae_steps}
+--judge-steps {judge_steps} --steps {steps}` for as many steps on a slower or faster device.
 {again}
 ## What was measured
 
@@ -99,15 +102,21 @@ def write(folder: Path) -> str:
     if measured != advised:
         other = ", ".join(f"{k}={v}" for k, v in advised.items() if measured.get(k) != v)
         shipped = f"**`RECOMMENDED` has {other}** instead, chosen on the validation prompts below. "
+    first = training["transformer"]
     more = again = ""
     if "continuation" in training:
         c = training["continuation"]
         more = f"| the same, continued | {c['steps']} of batch {c['batch']}, {c['seconds']:.0f} s "
-        more += f"on {c['devices']} GPUs | loss {c['loss']:.4f} |\n"
+        more += f"on {c['devices']} GPU{'s' * (c['devices'] > 1)} | loss {c['loss']:.4f} |\n"
         options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in c["recipe"].items())
-        again = f"Then, by `torchrun --nproc-per-node {c['devices']}`: `transformer --start out/tiny/weights "
-        again += f"--steps {c['steps']} {options}`, where most scenes have two shapes and an auxiliary loss\n"
-        again += "teaches the text encoder which words belong together (`tools/train_tiny/binding.py`).\n"
+        again = (
+            f"Then `python -m tools.train_tiny transformer --start out/tiny/transformer.pt --seed {c.get('seed', 0)} "
+        )
+        again += f"--steps {c['steps']}\n{options}`.\n"
+        if "stopped_of_seconds" in first:
+            again += f"The first run was planned for {first['stopped_of_seconds']} s and lost its machine after "
+            again += f"{first['seconds']:.0f}, at a high rate still; the second one started\nfrom its averaged weights "
+            again += "and let the rate fall to zero. One run of the whole length was not tried.\n"
     size = sum(p.stat().st_size for p in (folder / "weights").rglob("*") if p.is_file())
     columns = (*FACTORS, "binding", "all")
     rows = {
@@ -139,6 +148,10 @@ def write(folder: Path) -> str:
         words=len(VOCABULARY),
         vae_steps=training["vae"]["steps"],
         judge_steps=training["judge"]["steps"],
+        seed=first.get("seed", 0),
+        cut=f" --hold {first['recipe']['hold']} --seconds {first['stopped_of_seconds']}"
+        if "stopped_of_seconds" in first
+        else "",
         steps=training["transformer"]["steps"],
         seconds=training["transformer"]["seconds"],
         loss=training["transformer"]["loss"],
