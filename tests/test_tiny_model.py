@@ -98,6 +98,20 @@ def test_pipeline_is_plain_and_makes_the_clip_asked_for(judge: Judge) -> None:
 
 
 @needs_model
+@needs_judge
+def test_each_of_two_shapes_has_its_own_adjectives(judge: Judge) -> None:
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    text = "a small yellow star moving right and a big blue square moving left on a gray background in bright light"
+    clip = pipe(text, **RECOMMENDED, generator=torch.Generator().manual_seed(3), output_type="pt").frames
+    wanted = Scene(
+        (Shape("star", "yellow", "small", "right"), Shape("square", "blue", "big", "left")), "gray", "bright"
+    )
+    right = agreement(wanted, judge.read(clip.movedim(2, 1) * 2 - 1)[0].scene)
+    assert all(right.values()), right
+
+
+@needs_model
 def test_pipeline_dtype_and_size() -> None:
     pipe = load_pipeline(dtype=torch.bfloat16)
     assert pipe.vae.dtype == pipe.transformer.dtype == torch.bfloat16

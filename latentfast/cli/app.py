@@ -175,7 +175,7 @@ def edit(
     ] = 1.0,
     observe: Annotated[
         float, typer.Option(min=0, max=1, help="With --mask auto: share of those steps before the region is fixed.")
-    ] = 0.3,
+    ] = 0.1,
     compare: Annotated[bool, typer.Option("--compare", help="Put the source at the edit's left.")] = False,
     seed: Seed = 0,
     fps: Fps = 16,

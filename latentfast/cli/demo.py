@@ -28,8 +28,8 @@ from latentfast.cli.video import encode_mp4, psnr, tile
 __all__ = ["run_demo"]
 
 PROMPT = "a big red circle moving right on a dark background in bright light"
-SOURCE = "a big red circle moving left on a gray background in bright light"
-EDITED = "a big blue circle moving left on a gray background in bright light"
+SOURCE = "a big red circle moving left and a small yellow star moving right on a gray background in bright light"
+EDITED = "a big blue circle moving left and a small yellow star moving right on a gray background in bright light"
 PATH_CLIPS = 5
 FLICKER, JITTER = 0.4, 0.4  # of latents with a standard deviation near 1
 MEND_STEPS = 40

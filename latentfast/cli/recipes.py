@@ -63,7 +63,7 @@ class MaskedEdit:
     """
 
     def __init__(
-        self, sampler: Sampler, *, mask: Tensor | None = None, strength: float = 1.0, observe: float = 0.3
+        self, sampler: Sampler, *, mask: Tensor | None = None, strength: float = 1.0, observe: float = 0.1
     ) -> None:
         if not 0 < strength <= 1:
             raise UserError(f"--strength: expected a number above 0 and up to 1, got {strength}")
