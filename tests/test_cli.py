@@ -305,7 +305,11 @@ def test_a_write_cut_short_by_the_system(wan_folder: Path, tmp_path: Path, capsy
 
 def test_ctrl_c_leaves_nothing(wan_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentfast.cli.progress.Bar.advance", lambda *_: signal.raise_signal(signal.SIGINT))
-    status, out, err = run(capsys, "generate", "a", "--model", wan_folder, *SIZE, "--out", tmp_path / "clip.mp4")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    try:
+        status, out, err = run(capsys, "generate", "a", "--model", wan_folder, *SIZE, "--out", tmp_path / "clip.mp4")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (status, out) == (130, "")
     assert err.splitlines()[-1] == "latentfast: interrupted; nothing was left behind"
     assert tree(tmp_path) == {}
