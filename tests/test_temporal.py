@@ -361,6 +361,12 @@ def test_warp_masks_hide_anything(target: Target) -> None:
     assert same_bits(one[1]["z"], other[1]["z"])
 
 
+def test_a_large_float16_gradient_of_a_small_clip_stays_finite(target: Target) -> None:
+    z = torch.tensor([0.0, 60.0], dtype=torch.float16, device=target.device).view(1, 1, 2, 1, 1).requires_grad_()
+    latentfast.temporal_loss(z).backward()
+    assert z.grad.flatten().tolist() == [-120.0, 120.0]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_scaled_loss_keeps_the_digits_of_a_float16_gradient(target: Target, reduction: str) -> None:
     """Gradients of a mean over many elements are below float16's smallest numbers; scaling the loss, as training in

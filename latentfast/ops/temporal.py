@@ -17,9 +17,16 @@ def _loss_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-# A mean over many elements has gradients below float16's smallest numbers. They are saved larger by this much, a power
-# of two, so that a loss scaled up later finds all their digits.
-_HEADROOM = 1024.0
+def _headroom(z: Tensor) -> float:
+    """A mean over many elements has gradients below float16's smallest numbers. They are saved larger by this much, a
+    power of two, so that a loss scaled up later finds all their digits; over few elements they would overflow.
+    """
+    return 1024.0 if z.dtype == torch.float16 and z.numel() >= 1024 * z.shape[0] else 1.0
+
+
+def _mean_scale(z: Tensor, reduction: str) -> float:
+    """What the reduction multiplies each sample's gradient by."""
+    return 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
 
 
 class _Loss(torch.autograd.Function):
@@ -29,8 +36,8 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (grad,) = ctx.saved_tensors
-        if grad.dtype == torch.float16:
-            upstream = upstream / _HEADROOM
+        if (headroom := _headroom(grad)) != 1:
+            upstream = upstream / headroom
         want_z, want_other = ctx.needs_input_grad[:2]
         return (
             _scaled(grad, upstream) if want_z else None,
@@ -42,9 +49,7 @@ class _Loss(torch.autograd.Function):
 class _Temporal(_Loss):
     @staticmethod
     def forward(ctx, z, other, operator, arguments, reduction):
-        scale = 1.0 / z.shape[0] if reduction == "mean" and z.shape[0] else 1.0
-        if z.dtype == torch.float16:
-            scale *= _HEADROOM
+        scale = _mean_scale(z, reduction) * _headroom(z)
         loss, grad = _run(operator, z, arguments, scale, True, _single(z, reduction))
         ctx.save_for_backward(grad)
         return _reduced(loss, reduction)
@@ -275,14 +280,13 @@ def temporal_loss_and_grad(
     mask = mask.detach() if isinstance(mask, Tensor) and mask.requires_grad else mask
     z, arguments = _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduction)
     batch = z.shape[0]
-    scale = 1.0 / batch if reduction == "mean" and batch else 1.0
     if out is not None:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(f"out must be a pair (losses, gradient), got {type(out).__name__}")
         inputs = (z, arguments[0], arguments[1])
         _checks.output(out[0], (batch,), "the loss", z.new_empty(0, dtype=_loss_dtype(z)), inputs)
         _checks.output(out[1], tuple(z.shape), "z", z, inputs)
-    loss, grad = _run("temporal_loss", z, arguments, scale, True, _single(z, reduction), out)
+    loss, grad = _run("temporal_loss", z, arguments, _mean_scale(z, reduction), True, _single(z, reduction), out)
     assert grad is not None  # asked for
     return _reduced(loss, reduction), grad
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from latentfast.tiny import scene
 from latentfast.tiny.caption import END, MAX_TOKENS, PAD, VOCABULARY, caption, make_tokenizer
-from tools.train_tiny.grounding import coverage
 from tools.train_tiny.train_vae import encode_pool
 
 EMPTY_PROMPT = 0.1
@@ -69,7 +68,7 @@ class Pool:
         self.next_scene, self.next_slot = clips % scenes, 0
 
     def _draw(self, owners: Tensor) -> tuple[Tensor, Tensor]:
-        latents, cover = encode_pool(self.vae, self.table[owners], self.device, self.smoke, coverage)
+        latents, cover = encode_pool(self.vae, self.table[owners], self.device, self.smoke)
         return (latents - self.mean) / self.std, cover
 
     def refresh(self, n: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from latentfast.tiny import scene
 from tools.train_tiny.common import Budget, Log, MuonAdamW, Snapshot, amp, captured, millions, psnr, synchronize
+from tools.train_tiny.grounding import coverage
 from tools.train_tiny.models import LATENT_NOISE, make_vae, seal_vae
 from tools.train_tiny.norm_silu import check as check_norm_silu
 from tools.train_tiny.vae_walk import decode_raw, encode_mean
@@ -163,29 +163,23 @@ def load(path: Path, device: str, smoke: bool = False) -> AutoencoderKLWan:
 
 @torch.no_grad()
 def encode_pool(
-    vae: AutoencoderKLWan,
-    table: Tensor,
-    device: str,
-    smoke: bool,
-    about: Callable[[Tensor], Tensor],
-    chunk: int = 64,
+    vae: AutoencoderKLWan, table: Tensor, device: str, smoke: bool = False, chunk: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """For one rendered clip for each row of the table: the latent's mean, not yet normalised, and what ``about`` makes
-    of the shapes' masks.
+    """For one rendered clip for each row of the table: the latent's mean, not yet normalised, and the shapes'
+    ``coverage`` of its tokens.
     """
     size, frames = (32, 5) if smoke else (scene.SIZE, scene.FRAMES)
-    latents, told = [], []
+    latents, cover = [], []
     for part in table.split(chunk):
         clips = scene.render(part, size=size, num_frames=frames)
         with amp(device):
             latents.append(encode_mean(vae, clips.video).float())
-        told.append(about(clips.masks))
-    return torch.cat(latents), torch.cat(told)
+        cover.append(coverage(clips.masks))
+    return torch.cat(latents), torch.cat(cover)
 
 
 def latent_statistics(vae: AutoencoderKLWan, n: int, device: str, smoke: bool) -> tuple[Tensor, Tensor]:
-    table = scene.random_table(n, two=0.6, device=device)
-    z, _ = encode_pool(vae, table, device, smoke, lambda masks: masks.new_empty(len(masks), 0))
+    z, _ = encode_pool(vae, scene.random_table(n, two=0.6, device=device), device, smoke)
     return z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
 
 
