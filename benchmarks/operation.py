@@ -53,6 +53,14 @@ class Operation:
     ours: Call
     reference: Baseline
     field: Baseline
+    #: The code of the peer that does the same, as published and called as its own pipelines do; None: there is none.
+    peer: Baseline | None = None
+    #: The sizes that cases may name, without the batch.
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=lambda: SIZES)
+    #: The fewest bytes a call moves, where that is not each input and output once.
+    moved: Callable[[tuple[Tensor, ...], Any], int] | None = None
+    #: Matrix flops of a call, where they are the floor.
+    flops: Callable[[tuple[Tensor, ...]], int] | None = None
 
     def sample(self, inputs: tuple[Tensor, ...], i: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The arguments for sample `i` alone, a batch of one; floating ones in `dtype` if it is given."""
@@ -77,7 +85,7 @@ class Case:
     @property
     def shape(self) -> tuple[int, ...]:
         """The latents' shape, (B, C, T, H, W)."""
-        return (self.batch, *(self.shape_override or SIZES[self.size]))
+        return (self.batch, *(self.shape_override or self.operation.sizes[self.size]))
 
     @property
     def workload(self) -> str:

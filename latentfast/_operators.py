@@ -8,28 +8,13 @@ Three implementations share a signature; all are opaque to `torch.compile`:
 
 * ``latentfast::NAME``         native C++ (dispatch key CPU) and native CUDA (key CUDA), from ``csrc/``;
 * ``latentfast_triton::NAME``  the launchers of ``kernels/triton/``;
-* ``latentfast_eager::NAME``   ``latentfast/_eager.py``, which calls ``latentfast/reference/``.
+* ``latentfast_eager::NAME``   ``latentfast/_eager/``, which calls ``latentfast/reference/``.
 
 What holds for all of them. Tensors are contiguous, of one device; halves are computed in float32 at least. Scalars
 that live on the device (``t``, ``strengths``) are float32, or float64 beside float64 latents. A mask has the latents'
 dtype or float32, and each of its dimensions is 1 or full, aligned at the right. Arguments have been validated.
 
-``interpolate``: the tensors are seen as (p, n, q, m): p·q vectors of n·m elements; element (i, j) of vector (u, w)
-    lies at ((u·n + i)·q + w)·m + j. ``kind``: 0 lerp, 1 nlerp, 2 slerp (not "mode": torch's functionalisation takes
-    that name). K values of t, either ``t`` (K, p·q or 1) on the device or ``ts`` (K) on the host. ``out`` has K times
-    the elements of ``a``.
-``interpolate_bwd``: the gradients of the above; ``grad`` is shaped like its ``out``. ``grad_t`` (K, p·q), float32 or
-    float64. A gradient that is None is not wanted.
-``vector_dots``: x (N, …), y (K, …) of vectors as above -> out (K, p·q, N): their inner products, float64.
-``vector_mix``: out[k] = Σ_n coefficients[k, v, n] · x[n]; a coefficient of exactly 0 leaves its vector out.
-    ``coefficients`` (K, p·q or 1, N), float32 or float64.
-``edit``: z (…), directions (N or 1, …) broadcastable to (N, *z.shape), strengths (N,) or (N, B) on the device, or
-    ``host_strengths`` (N); mask broadcastable to (N, *z.shape).
-``blend``: base, edited of one shape, mask broadcastable to it.
-``temporal_loss``: ``norm``: 0 l2, 1 l1, 2 charbonnier. ``loss``: B elements, float32 or float64; ``grad``
-    gets grad_scale · d loss[b] / d z.
-``warp_loss``: z (B, …) with frames along ``frame_dim`` (1 or 2) and H, W last; flow (B, 2, T − 1, H, W) of z's dtype
-    or float32; mask broadcastable to z's shape with T − 1 frames.
+What each of them takes and means stands above its schema.
 """
 
 import importlib
@@ -42,32 +27,46 @@ import torch
 _SIZE = "SymInt" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13) else "int"
 _SIZES = ", ".join(f"{_SIZE} {name}" for name in "pnqm")
 
-SCHEMAS: dict[str, str] = {
-    "interpolate": f"(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, {_SIZES}, Tensor(a!) out) -> ()",
-    "interpolate_bwd": "(Tensor grad, Tensor a, Tensor b, Tensor? t, float[] ts, int kind, "
-    f"{_SIZES}, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
-    "vector_dots": f"(Tensor x, Tensor y, {_SIZES}, Tensor(a!) out) -> ()",
-    "vector_mix": f"(Tensor x, Tensor coefficients, {_SIZES}, Tensor(a!) out) -> ()",
-    "edit": "(Tensor z, Tensor directions, Tensor? strengths, float[] host_strengths, Tensor? mask, "
-    "Tensor(a!) out) -> ()",
-    "blend": "(Tensor base, Tensor edited, Tensor mask, Tensor(a!) out) -> ()",
-    "temporal_loss": "(Tensor z, Tensor? ref, Tensor? mask, float first, float second, int norm, float eps, "
-    "float grad_scale, int frame_dim, Tensor(a!) loss, Tensor(b!)? grad) -> ()",
-    "warp_loss": "(Tensor z, Tensor flow, Tensor? mask, float grad_scale, int frame_dim, "
-    "Tensor(a!) loss, Tensor(b!)? grad) -> ()",
+#: For each stem, the file name of its kernels in every layer, its operators and their schemas.
+TABLE: dict[str, dict[str, str]] = {
+    "interpolate": {
+        # The tensors are seen as (p, n, q, m): p·q vectors of n·m elements; element (i, j) of vector (u, w) lies at
+        # ((u·n + i)·q + w)·m + j. `kind`: 0 lerp, 1 nlerp, 2 slerp (not "mode": torch's functionalisation takes that
+        # name). K values of t, either `t` (K, p·q or 1) on the device or `ts` (K) on the host. `out` has K times the
+        # elements of `a`.
+        "interpolate": f"(Tensor a, Tensor b, Tensor? t, float[] ts, int kind, {_SIZES}, Tensor(a!) out) -> ()",
+        # The gradients of the above; `grad` is shaped like its `out`. `grad_t` (K, p·q), float32 or float64. A
+        # gradient that is None is not wanted.
+        "interpolate_bwd": "(Tensor grad, Tensor a, Tensor b, Tensor? t, float[] ts, int kind, "
+        f"{_SIZES}, Tensor(a!)? grad_a, Tensor(b!)? grad_b, Tensor(c!)? grad_t) -> ()",
+        # x (N, …), y (K, …) of vectors as above -> out (K, p·q, N): their inner products, float64.
+        "vector_dots": f"(Tensor x, Tensor y, {_SIZES}, Tensor(a!) out) -> ()",
+        # out[k] = Σ_n coefficients[k, v, n] · x[n]; a coefficient of exactly 0 leaves its vector out.
+        # `coefficients` (K, p·q or 1, N), float32 or float64.
+        "vector_mix": f"(Tensor x, Tensor coefficients, {_SIZES}, Tensor(a!) out) -> ()",
+    },
+    "edit": {
+        # z (…), directions (N or 1, …) broadcastable to (N, *z.shape), strengths (N,) or (N, B) on the device, or
+        # `host_strengths` (N); mask broadcastable to (N, *z.shape).
+        "edit": "(Tensor z, Tensor directions, Tensor? strengths, float[] host_strengths, Tensor? mask, "
+        "Tensor(a!) out) -> ()",
+        # base, edited of one shape, mask broadcastable to it.
+        "blend": "(Tensor base, Tensor edited, Tensor mask, Tensor(a!) out) -> ()",
+    },
+    "temporal": {
+        # `norm`: 0 l2, 1 l1, 2 charbonnier. `loss`: B elements, float32 or float64; `grad` gets
+        # grad_scale · d loss[b] / d z.
+        "temporal_loss": "(Tensor z, Tensor? ref, Tensor? mask, float first, float second, int norm, float eps, "
+        "float grad_scale, int frame_dim, Tensor(a!) loss, Tensor(b!)? grad) -> ()",
+        # z (B, …) with frames along `frame_dim` (1 or 2) and H, W last; flow (B, 2, T − 1, H, W) of z's dtype or
+        # float32; mask broadcastable to z's shape with T − 1 frames.
+        "warp_loss": "(Tensor z, Tensor flow, Tensor? mask, float grad_scale, int frame_dim, "
+        "Tensor(a!) loss, Tensor(b!)? grad) -> ()",
+    },
 }
-
-#: The stem that an operator's kernels are filed under, in every layer.
-STEMS: dict[str, str] = {
-    "interpolate": "interpolate",
-    "interpolate_bwd": "interpolate",
-    "vector_dots": "interpolate",
-    "vector_mix": "interpolate",
-    "edit": "edit",
-    "blend": "edit",
-    "temporal_loss": "temporal",
-    "warp_loss": "temporal",
-}
+SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
+#: The stem that an operator belongs to.
+STEMS: dict[str, str] = {name: stem for stem, operators in TABLE.items() for name in operators}
 
 MODES = {"lerp": 0, "nlerp": 1, "slerp": 2}
 NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
@@ -99,4 +98,5 @@ for _name, _stem in STEMS.items():
     _launcher = _lazily(f"latentfast.kernels.triton.{_stem}", _name)
     for _key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter alone; backends.py sees to that
         _LIBRARIES["latentfast_triton"].impl(_name, _launcher, _key)
-    _LIBRARIES["latentfast_eager"].impl(_name, _lazily("latentfast._eager", _name), "CompositeExplicitAutograd")
+    _eager = _lazily(f"latentfast._eager.{_stem}", _name)
+    _LIBRARIES["latentfast_eager"].impl(_name, _eager, "CompositeExplicitAutograd")

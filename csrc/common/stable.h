@@ -70,6 +70,13 @@ inline OptionalView view_of(const OptionalTensor& x) {
   return x.has_value() ? OptionalView(view_of(*x)) : std::nullopt;
 }
 
+inline std::vector<View> view_of(const std::vector<Tensor>& list) {
+  std::vector<View> views;
+  views.reserve(list.size());
+  for (const Tensor& x : list) views.push_back(view_of(x));
+  return views;
+}
+
 template <typename T>
 const T& view_of(const T& x) {  // any other argument goes through as it is
   return x;
@@ -88,8 +95,16 @@ struct FromDispatcher<const OptionalView&> {
   using type = OptionalTensor;
 };
 template <>
+struct FromDispatcher<std::span<const View>> {
+  using type = std::vector<Tensor>;
+};
+template <>
 struct FromDispatcher<std::span<const double>> {
   using type = std::vector<double>;
+};
+template <>
+struct FromDispatcher<std::span<const int64_t>> {
+  using type = std::vector<int64_t>;
 };
 
 template <typename Function, Function* kOperator>

@@ -1,0 +1,1 @@
+"""The eager backend, a module a stem: the private operators' signatures in front of `latentfast.reference`."""
