@@ -2,10 +2,10 @@
 
 import torch
 
-from benchmarks import bench_edit, bench_interpolate, bench_temporal
+from benchmarks import bench_edit, bench_interpolate, bench_temporal, bench_tiles
 from benchmarks.operation import Case
 
-STEMS = (bench_interpolate, bench_edit, bench_temporal)
+STEMS = (bench_interpolate, bench_edit, bench_temporal, bench_tiles)
 
 
 def select(device: torch.device, quick: bool = False, only: str = "") -> list[Case]:

@@ -1,6 +1,8 @@
 """The expressions that the field uses for these operations: what a reader would otherwise paste into a pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -69,3 +71,80 @@ def warp_loss(z: Tensor, flow: Tensor, mask: Tensor) -> Tensor:
     weight = (inside * mask.float().transpose(1, 2).reshape(-1, h, w)).unsqueeze(1)
     total = (weight.reshape(b, -1).sum(1) * c).clamp_min(1e-12)
     return ((weight * (warped - frames).square()).reshape(b, -1).sum(1) / total).mean()
+
+
+def _seam(a: Tensor, b: Tensor, overlap: int, dim: int) -> None:
+    """A whole seam at once: the end of `a` fades into the beginning of `b`, in place."""
+    extent = min(a.shape[dim], b.shape[dim], overlap)
+    if not extent:
+        return
+    ramp = torch.arange(extent, device=b.device, dtype=torch.float32) / extent
+    ramp = ramp.view(-1, *([1] * (b.ndim - 1 - dim)))
+    before, own = a.narrow(dim, a.shape[dim] - extent, extent), b.narrow(dim, 0, extent)
+    own.copy_(before * (1 - ramp) + own * ramp)
+
+
+def _kept(parts: Sequence[Tensor], overlap: int, dim: int) -> Tensor:
+    ends = [min(a.shape[dim], b.shape[dim], overlap) for a, b in pairwise(parts)] + [0]
+    return torch.cat([x.narrow(dim, 0, x.shape[dim] - end) for x, end in zip(parts, ends, strict=True)], dim)
+
+
+def _stitch_with(seams: Sequence[Callable[..., object]], tiles: Sequence, overlap: Sequence[int]) -> Tensor:
+    """Tiles (rows of them, or a list of such rows for temporal tiles) by functions that blend a seam in place."""
+    over_time, down, across = seams
+    temporal = len(overlap) == 3
+    height, width = overlap[-2:]
+    clips = []
+    for rows in tiles if temporal else [tiles]:
+        rows = [[tile.clone() for tile in row] for row in rows]
+        for i, row in enumerate(rows):
+            for j, tile in enumerate(row):
+                if i > 0:
+                    down(rows[i - 1][j], tile, height)
+                if j > 0:
+                    across(row[j - 1], tile, width)
+        clips.append(_kept([_kept(row, width, 4) for row in rows], height, 3))
+    for a, b in pairwise(clips):
+        over_time(a, b, overlap[0])
+    return _kept(clips, overlap[0], 2) if temporal else clips[0]
+
+
+def stitch(tiles: Sequence, overlap: Sequence[int]) -> Tensor:
+    """diffusers' seams without its loops over rows and columns."""
+    return _stitch_with([partial(_seam, dim=dim) for dim in (2, 3, 4)], tiles, overlap)
+
+
+def diffusers_stitch(tiles: Sequence, overlap: Sequence[int]) -> Tensor:
+    """The seams by the methods of a diffusers autoencoder, as its `tiled_decode` and `_temporal_tiled_decode` call
+    them; on copies of the tiles, because they change them.
+    """
+    from diffusers import AutoencoderKLHunyuanVideo as Vae
+
+    return _stitch_with([partial(f, None) for f in (Vae.blend_t, Vae.blend_v, Vae.blend_h)], tiles, overlap)
+
+
+def overlap_add(tiles: Sequence, overlap: Sequence[int]) -> Tensor:
+    """Rows of tiles faded in and out by ramps of half steps and added up, in float32."""
+    height, width = overlap
+    first = tiles[0][0]
+    downs = [_window([row[0].shape[3] for row in tiles], i, height, first) for i in range(len(tiles))]
+    acrosses = [_window([tile.shape[4] for tile in tiles[0]], j, width, first) for j in range(len(tiles[0]))]
+    total = first.new_zeros(
+        (*first.shape[:3], downs[-1][0] + len(downs[-1][1]), acrosses[-1][0] + len(acrosses[-1][1])),
+        dtype=torch.float32,
+    )
+    for row, (top, down) in zip(tiles, downs, strict=True):
+        for tile, (left, across) in zip(row, acrosses, strict=True):
+            there = total[..., top : top + tile.shape[3], left : left + tile.shape[4]]
+            there += tile * (down[:, None] * across)
+    return total.to(first.dtype)
+
+
+def _window(sizes: Sequence[int], k: int, overlap: int, like: Tensor) -> tuple[int, Tensor]:
+    """Where tile k begins, and its weights."""
+    extents = [0, *(min(a, b, overlap) for a, b in pairwise(sizes)), 0]
+    up, down = (
+        (torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / max(n, 1) for n in extents[k : k + 2]
+    )
+    middle = like.new_ones(sizes[k] - len(up) - len(down), dtype=torch.float32)
+    return sum(sizes[:k]) - sum(extents[: k + 1]), torch.cat((up, middle, 1 - down))

@@ -13,6 +13,7 @@ from latentfast.ops.interpolate import (
     spherical_mean,
 )
 from latentfast.ops.temporal import temporal_loss, temporal_loss_and_grad, warp_loss
+from latentfast.ops.tiles import stitch
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "slerp",
     "slerp_path",
     "spherical_mean",
+    "stitch",
     "temporal_loss",
     "temporal_loss_and_grad",
     "use_backend",

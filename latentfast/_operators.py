@@ -63,12 +63,19 @@ TABLE: dict[str, dict[str, str]] = {
         "warp_loss": "(Tensor z, Tensor flow, Tensor? mask, float grad_scale, int frame_dim, "
         "Tensor(a!) loss, Tensor(b!)? grad) -> ()",
     },
+    "tiles": {
+        # `tiles`: `grid` (T, H, W) of them, in that order, each (B, C, t, h, w); neighbours share min(sizes, `overlap`)
+        # along each dimension, and a tile no more with both of its neighbours than it has. `kind`: 0 sequential,
+        # 1 overlap_add. `clamp`: (), or (least, largest). `out` (B, C, T, H, W), of the tiles' whole extent or less.
+        "stitch": "(Tensor[] tiles, int[] grid, int[] overlap, int kind, float[] clamp, Tensor(a!) out) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.
 STEMS: dict[str, str] = {name: stem for stem, operators in TABLE.items() for name in operators}
 
 MODES = {"lerp": 0, "nlerp": 1, "slerp": 2}
+SEAMS = {"sequential": 0, "overlap_add": 1}
 NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
 
 

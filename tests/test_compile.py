@@ -221,6 +221,10 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
             (x, None, None, 1.0, 0.0, 0, 1e-3, 1.0, 2, new(b), None),
             (x, y, draw.mask(*shape[1:]), 0.5, 0.5, 2, 1e-3, 0.5, 1, new(b), new(*shape)),
         ]
+    if name == "stitch":
+        sizes = ((4, 5), (4, 3), (2, 5), (2, 3))
+        tiles = [draw.normal(b, 3, 2, *size) for size in sizes]
+        return [(tiles, [1, 2, 2], [0, 2, 1], kind, [-0.5, 0.5], new(b, 3, 2, 4, 7)) for kind in (0, 1)]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]

@@ -19,8 +19,8 @@ __global__ void write_handful(const __grid_constant__ Handful<C> handful, C* out
 }
 
 // Writes them to device memory by a few launches, which a CUDA graph can record.
-template <typename C>
-void upload(std::span<const double> values, C* out, cudaStream_t stream) {
+template <typename V, typename C>
+void upload(std::span<const V> values, C* out, cudaStream_t stream) {
   for (size_t begin = 0; begin < values.size(); begin += 256) {
     const int count = static_cast<int>(std::min<size_t>(256, values.size() - begin));
     Handful<C> handful;

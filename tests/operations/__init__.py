@@ -8,10 +8,11 @@ from tests.operations.edit import EDITS
 from tests.operations.interpolate import INTERPOLATIONS
 from tests.operations.operation import Operation, Shape
 from tests.operations.temporal import LOSSES
+from tests.operations.tiles import STITCHES
 
 __all__ = ["BY_NAME", "LIGHT", "LOSSES", "OPERATIONS", "PER_SAMPLE", "Operation", "Shape", "large", "small"]
 
-OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES]
+OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES, *STITCHES]
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 #: Those whose samples are independent of each other.
 PER_SAMPLE = [operation for operation in OPERATIONS if operation.result_samples is not None]

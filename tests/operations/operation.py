@@ -39,6 +39,8 @@ class Operation:
     heavy: bool = False
     #: The inputs that are latents: where a NaN could come from. None: those of the usual names.
     latent_names: tuple[str, ...] | None = None
+    #: Halves are computed in float32 and rounded once; else the stem's own tests say what their bits are.
+    rounds_once: bool = True
 
     @property
     def call(self) -> Callable[..., Tensor]:
