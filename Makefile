@@ -33,7 +33,7 @@ lint: setup
 	git ls-files 'csrc/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: setup
-	$(BIN)/python -m benchmarks.run_cpu
+	$(BIN)/latentfast bench run --device cpu --out benchmarks/results
 
 # On a machine with a GPU, with torch already there: no virtual environment, no downloads.
 gpu:

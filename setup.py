@@ -302,8 +302,12 @@ class Wheel(bdist_wheel):
 
 setup(
     packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), f"{PACKAGE}.kernels.triton"],
-    package_dir={f"{PACKAGE}.kernels.triton": "kernels/triton"},
-    package_data={f"{PACKAGE}.tiny": ["weights/**", "*.json", "*.md"], f"{PACKAGE}.cli": ["templates/**"]},
+    package_dir={f"{PACKAGE}.kernels.triton": "kernels/triton", f"{PACKAGE}.benchmarks": "benchmarks"},
+    package_data={
+        f"{PACKAGE}.tiny": ["weights/**", "*.json", "*.md"],
+        f"{PACKAGE}.cli": ["templates/**"],
+        f"{PACKAGE}.benchmarks": ["results/*.jsonl", "README.md"],
+    },
     ext_modules=[Extension(f"{PACKAGE}._native", [])] if wants_build() else [],  # the sources are ninja's business
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -1,12 +1,11 @@
-"""Interpolation: what of it is measured, at which sizes. Collected by pytest on the CPU, imported by run_gpu.py."""
+"""Interpolation: what of it is measured, at which sizes."""
 
 import torch
 from torch import Tensor
 
 import latentfast
-from benchmarks import peers
-from benchmarks.cpu import test_speed  # noqa: F401  (for pytest: a test for each of CPU_CASES and way to compute)
-from benchmarks.operation import Baseline, Case, Operation
+from latentfast.benchmarks import peers
+from latentfast.benchmarks.operation import Baseline, Case, Operation
 from latentfast.reference import interpolate as reference
 
 # Exact in bfloat16, so that a number on the host and a tensor on the device mean the same.

@@ -1,4 +1,4 @@
-"""Temporal losses: what of them is measured, at which sizes. Collected by pytest on the CPU, imported by run_gpu.py."""
+"""Temporal losses: what of them is measured, at which sizes."""
 
 from functools import partial
 from typing import Any
@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 import latentfast
-from benchmarks import peers
-from benchmarks.bench_edit import soft_mask
-from benchmarks.cpu import test_speed  # noqa: F401  (for pytest: a test for each of CPU_CASES and way to compute)
-from benchmarks.operation import Baseline, Call, Case, Operation, compiled
+from latentfast.benchmarks import peers
+from latentfast.benchmarks.bench_edit import soft_mask
+from latentfast.benchmarks.operation import Baseline, Call, Case, Operation, compiled
 from latentfast.reference import temporal as reference
 
 WEIGHTS: dict[str, Any] = {"first": 1.0, "second": 0.5}

@@ -1,4 +1,4 @@
-"""Tiles: what of them is measured, at which sizes. Collected by pytest on the CPU, imported by run_gpu.py.
+"""Tiles: what of them is measured, at which sizes.
 
 The shapes are the results', (B, 3, T, H, W). Every pixel of every tile is in the result, so the floor is each tile read
 once and the result written once.
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 import latentfast
-from benchmarks import peers
-from benchmarks.cpu import test_speed  # noqa: F401  (for pytest: a test for each of CPU_CASES and way to compute)
-from benchmarks.operation import Baseline, Call, Case, Operation
+from latentfast.benchmarks import peers
+from latentfast.benchmarks.operation import Baseline, Call, Case, Operation
 from latentfast.reference import tiles as reference
 
 #: Results (C, T, H, W): videos as a VAE decodes them.

@@ -1,20 +1,29 @@
 """One case measured: every backend and baseline, interleaved, with its error, as rows."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 import latentfast
-from benchmarks import accuracy
-from benchmarks.harness import Effort, Percentiles, Variant, device_times, first_line, host_times, sets_for
-from benchmarks.operation import Baseline, Case, Operation, moved_bytes, short
-from benchmarks.rows import BASELINES, Environment, Row, Times
+from latentfast.benchmarks import accuracy
+from latentfast.benchmarks.harness import (
+    MATRIX_DTYPES,
+    Effort,
+    Percentiles,
+    Variant,
+    count_operators,
+    device_times,
+    first_line,
+    host_times,
+    measure_peaks,
+    sets_for,
+)
+from latentfast.benchmarks.operation import Baseline, Case, Operation, moved_bytes, short
+from latentfast.benchmarks.rows import BASELINES, Environment, Row, Times
 
 _DEVICE_BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("native-cpu",)}  # an interpreted kernel has no speed
-#: Device time (µs) of a call from which on few of them are put in a row when the host's time is taken.
-_SLOW = 1000.0
 
 
 @dataclass
@@ -25,6 +34,7 @@ class Options:
     effort: Effort
     compile: bool = True
     quick: bool = False
+    notes: Sequence[str] = ()  # for every row
 
 
 def backends_on(device: torch.device) -> list[str]:
@@ -34,16 +44,16 @@ def backends_on(device: torch.device) -> list[str]:
 
 
 def baseline_variants(operation: Operation, compile: bool) -> Iterator[Variant]:
-    """The baselines of `BASELINES`, in that order."""
-    forms: list[tuple[str, Baseline, bool]] = [
-        ("eager", operation.reference, False),
-        ("compiled", operation.reference, True),
-        ("field_eager", operation.field, False),
-        ("field_compiled", operation.field, True),
+    """Those of `BASELINES` that the operation has, in that order."""
+    forms: list[tuple[Baseline | None, bool]] = [
+        (operation.reference, False),
+        (operation.reference, True),
+        (operation.field, False),
+        (operation.field, True),
+        (operation.peer, False),  # never compiled: it is what people run, and seldom one graph
     ]
-    assert tuple(name for name, _, _ in forms) == BASELINES
-    for name, baseline, compiled in forms:
-        if compile or not compiled:
+    for name, (baseline, compiled) in zip(BASELINES, forms, strict=True):
+        if baseline is not None and (compile or not compiled):
             yield Variant(name, baseline.compile() if compiled else baseline.call)
 
 
@@ -60,12 +70,14 @@ def measure(case: Case, options: Options, environment: Environment) -> tuple[lis
     failures: list[str] = []
     verdicts: dict[str, accuracy.Verdict] = {}
     ours: list[Variant] = []
-    nbytes = 0
+    nbytes = footprint = 0
     for name in backends_on(device):
         variant = Variant(name, operation.ours, lambda name=name: latentfast.use_backend(name))  # type: ignore[misc]
         try:
             with variant.within():
-                nbytes = moved_bytes(inputs, operation.ours(*inputs))
+                result = operation.ours(*inputs)
+                nbytes, footprint = operation.least_bytes(inputs, result), moved_bytes(inputs, result)
+                del result
                 verdicts[name] = accuracy.check(operation, operation.ours, inputs)
         except Exception as error:  # the other backends' rows are still worth having; the run ends with an error code
             failures.append(f"{case.id} on {name}: {type(error).__name__}: {first_line(error)}")
@@ -75,21 +87,31 @@ def measure(case: Case, options: Options, environment: Environment) -> tuple[lis
         return [], failures
 
     baselines = list(baseline_variants(operation, options.compile))
-    sets = [inputs, *(case.draw(device) for _ in range(sets_for(nbytes, device) - 1))]
+    measure_peaks([*ours, *baselines], inputs, device)
+    sets = [inputs, *(case.draw(device) for _ in range(sets_for(footprint, device) - 1))]
     on_device = device_times([*ours, *baselines], sets, device, options.effort)
     del sets
-    one = torch.zeros(1, device=device)
-    add = Variant("add_", lambda *_: one.add_(1))
-    slow = max((t[1] for t in on_device.values() if t), default=0.0) > _SLOW
-    on_host = host_times([*ours, *baselines, add], inputs, device, options.effort, slow)
+    on_host: dict[str, Percentiles | None] = {}
+    add_us = None
+    if device.type == "cuda":
+        one = torch.zeros(1, device=device)
+        add = Variant("add_", lambda *_: one.add_(1))
+        on_host = host_times([*ours, *baselines, add], inputs, device, options.effort)
+        add_us = on_host["add_"][1] if on_host["add_"] else None
+    else:  # the call returns when its work is done: the one clock is the other
+        count_operators([*ours, *(v for v in baselines if not v.name.endswith("compiled"))], inputs)
 
-    floor_us = nbytes / (environment.copy_tbs * 1e12) * 1e6
-    times = {b.name: Times(_listed(on_device.get(b.name)), _listed(on_host.get(b.name))) for b in baselines}
+    flops = operation.flops(inputs) if operation.flops else None
+    floor_us = _floor_us(nbytes, flops if case.dtype == MATRIX_DTYPES[device.type] else None, environment)
+
+    def times(v: Variant) -> Times:
+        return Times(_listed(on_device.get(v.name)), _listed(on_host.get(v.name)), v.launches, v.peak_bytes)
+
     notes = [f"{v.name}: {problem}" for v in baselines for problem in v.problems]
     rows = []
-    add_time = on_host.get("add_")
     for variant in ours:
-        verdict, median = verdicts[variant.name], on_device[variant.name]
+        verdict, own = verdicts[variant.name], times(variant)
+        median = own.device_us[1] if own.device_us else None
         rows.append(
             Row(
                 op=operation.name,
@@ -100,14 +122,14 @@ def measure(case: Case, options: Options, environment: Environment) -> tuple[lis
                 dtype=short(case.dtype),
                 batch=case.batch,
                 backend=variant.name,
-                device_us=_listed(median),
-                host_us=_listed(on_host.get(variant.name)),
+                device_us=own.device_us,
+                host_us=own.host_us,
                 bytes=nbytes,
                 floor_us=floor_us,
-                floor_share=floor_us / median[1] if median else None,
-                gbs=nbytes / median[1] / 1e3 if median else None,
-                add_us=add_time[1] if add_time else None,
-                baselines=times,
+                floor_share=floor_us / median if median else None,
+                gbs=nbytes / median / 1e3 if median else None,
+                add_us=add_us,
+                baselines={v.name: times(v) for v in baselines},
                 field_note=operation.field.note,
                 error_rel_l2=verdict.error.rel_l2,
                 error_ulp=verdict.error.ulp,
@@ -115,11 +137,22 @@ def measure(case: Case, options: Options, environment: Environment) -> tuple[lis
                 reference_ulp=verdict.reference.ulp,
                 correct=verdict.correct,
                 quick=options.quick,
-                notes=notes + [f"{variant.name}: {problem}" for problem in variant.problems],
+                notes=[*options.notes, *notes, *(f"{variant.name}: {problem}" for problem in variant.problems)],
                 environment=replace(environment),
+                peer_note=operation.peer.note if operation.peer else "",
+                flops=flops,
+                tflops=flops / median / 1e6 if flops and median else None,
+                launches=own.launches,
+                peak_bytes=own.peak_bytes,
             )
         )
     return rows, failures
+
+
+def _floor_us(nbytes: int, flops: int | None, environment: Environment) -> float:
+    """No call is faster than its bytes at the copy rate, nor than its matrix products at theirs."""
+    floor = nbytes / environment.copy_tbs / 1e6
+    return max(floor, flops / environment.matrix_tflops / 1e6) if flops and environment.matrix_tflops else floor
 
 
 @contextlib.contextmanager

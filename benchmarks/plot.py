@@ -1,124 +1,185 @@
-"""The README's picture from the rows of `results/`: `python -m benchmarks.plot`."""
+"""The README's pictures from the rows: a roofline, and speed-ups over eager PyTorch, `torch.compile` and the peers."""
 
-import argparse
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.rows import RESULTS, Row, Times, load_all
-from benchmarks.table import size
+from latentfast.benchmarks.rows import Row, Times
+from latentfast.benchmarks.table import size
+from latentfast.benchmarks.targets import CHOSEN
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "benchmarks.png"
 INK, FAINT = "#1f2933", "#d5dbe1"
-#: What is drawn, in this order: key, label, colour, marker. The baselines are the faster of their two forms: the
-#: reference and the field's usual expression.
-SERIES = (
-    ("cuda", "latentfast, native (CUDA, C++)", "#00756f", "o"),
-    ("native-cpu", "latentfast, native (CUDA, C++)", "#00756f", "o"),
-    ("triton", "latentfast, Triton", "#58b5a9", "D"),
-    ("compiled", "torch.compile", "#d9731a", "s"),
-    ("eager", "eager PyTorch", "#8a94a0", "s"),
+COLOURS = {"ours": "#00756f", "compiled": "#d9731a", "eager": "#8a94a0", "peer": "#7b4bb3"}
+#: Behind a name, so that no line runs through it.
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+#: Marker, its area, and how far in front it lies.
+MARKERS = {"ours": ("o", 52, 4), "compiled": ("s", 26, 3), "eager": ("s", 26, 2)}
+LABELS = {"ours": "latentfast", "compiled": "torch.compile", "eager": "eager PyTorch", "peer": "the peer's own code"}
+#: Baselines and the forms of which the fastest counts.
+BASELINES = (
+    ("eager", ("eager", "field_eager")),
+    ("compiled", ("compiled", "field_compiled")),
+    ("peer", ("peer_eager",)),
 )
-Case = tuple[str, str, str, str]
 
 
-def _faster(row: Row, names: Iterable[str], clock: str) -> float | None:
-    found = [getattr(row.baselines.get(name, Times()), clock) for name in names]
-    return min((times[1] for times in found if times), default=None)
-
-
-def times_of(rows: list[Row], clock: str) -> dict[Case, dict[str, float]]:
-    """For each case, microseconds by the keys of SERIES."""
-    found: dict[Case, dict[str, float]] = {}
-    for row in rows:
-        values = found.setdefault(row.case, {})
-        own = getattr(row, clock)
-        if own:
-            values[row.backend] = own[1]
-        for key in ("compiled", "eager"):
-            value = _faster(row, (key, f"field_{key}"), clock)
-            if value is not None:
-                values[key] = value
+def speedups(row: Row, clock: str) -> dict[str, float]:
+    """How many times longer the fastest form of each of BASELINES takes; the peer's by what a caller waits for."""
+    found = {}
+    for key, forms in BASELINES:
+        ratios = [row.speedup(form, "call_us" if key == "peer" else clock) for form in forms]
+        known = [ratio for ratio in ratios if ratio]
+        if known:
+            found[key] = min(known)
     return found
 
 
-def _labels(rows: list[Row], with_size: bool) -> dict[Case, str]:
-    labels = {}
+def chosen(rows: Iterable[Row]) -> list[Row]:
+    """Of each case the row of the backend that the library picks by itself."""
+    best: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        dtype = f", {row.dtype}" if with_size and row.dtype != "bfloat16" else ""
-        labels[row.case] = f"{row.title}\n{size(row)}{dtype}" if with_size else row.title
-    return labels
+        other = best.get(row.case)
+        if other is None or CHOSEN.index(row.backend) < CHOSEN.index(other.backend):
+            best[row.case] = row
+    return list(best.values())
 
 
-def _panel(axes: Any, rows: list[Row], values: dict[Case, dict[str, float]], with_size: bool, bars: bool) -> None:
-    """A line a case from the top: bars side by side from zero, or markers on a logarithmic axis."""
+def _label(row: Row, common: str) -> str:
+    """The operation, and what of its size and dtype is not said for the whole panel."""
+    own = f"{size(row)}, {row.dtype}"
+    if own == common:
+        return row.title
+    shown = size(row) if own.endswith(common.rsplit(", ", 1)[-1]) else own
+    return f"{row.title}  ({shown})"
+
+
+def _most_common(values: list[str]) -> str:
+    return max(values, key=values.count)
+
+
+def _bars(axes: Any, rows: list[Row], clock: str, title: str) -> None:
+    """A group of bars a case from 1, "as fast", on a logarithmic axis; the largest gain over eager on top."""
     from matplotlib import ticker
 
-    labels = _labels(rows, with_size)
-    present = [s for s in SERIES if any(s[0] in v for v in values.values())]
-    height = 0.8 / max(len(present), 1)
-    for k, (key, label, colour, marker) in enumerate(present):
-        points = [(i, v[key]) for i, v in enumerate(values.values()) if key in v]
-        ys, xs = [i for i, _ in points], [x for _, x in points]
-        if bars:
-            middles = [y + (k - (len(present) - 1) / 2) * height for y in ys]
-            axes.barh(middles, xs, height * 0.9, color=colour, label=label)
-        else:
-            axes.scatter(xs, ys, s=44, color=colour, marker=marker, label=label, zorder=3)
-    if not bars:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        for i, v in enumerate(values.values()):
-            if v:
-                axes.plot([min(v.values()), max(v.values())], [i, i], color=FAINT, linewidth=2, zorder=1)
-    axes.set_yticks(range(len(values)), [labels[case] for case in values])
-    axes.set_ylim(len(values) - 0.4, -0.6)
+    values = {i: speedups(row, clock) for i, row in enumerate(rows)}
+    order = sorted((i for i, v in values.items() if v), key=lambda i: -max(values[i].values()))
+    common = _most_common([f"{size(row)}, {row.dtype}" for row in rows])
+    keys = [key for key, _ in BASELINES if any(key in v for v in values.values())]
+    height = 0.8 / len(keys)
+    for k, key in enumerate(keys):
+        shift = (k - (len(keys) - 1) / 2) * height
+        points = [(y + shift, values[i][key]) for y, i in enumerate(order) if key in values[i]]
+        # From 1 on: on a logarithmic axis a bar has no zero to start from.
+        axes.barh([y for y, _ in points], [x - 1 for _, x in points], height * 0.88, left=1, color=COLOURS[key])
+        for y, x in points:
+            text, place, side = _ratio(x), (4 if x >= 1 else -4), ("left" if x >= 1 else "right")
+            axes.annotate(text, (x, y), (place, 0), textcoords="offset points", va="center", ha=side, fontsize=8)
+    axes.axvline(1, color=INK, linewidth=1.2)
+    axes.set_xscale("log")
+    ratios = [x for v in values.values() for x in v.values()]
+    low, high = min([1.0, *ratios]), max([2.0, *ratios])
+    room = (high / low) ** 0.12  # for the numbers at the bars' ends
+    axes.set_xlim(low / room**1.5 if low < 1 else 0.9, high * room)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel(f"times as fast (log); {common} unless said")
+    axes.set_yticks(range(len(order)), [_label(rows[i], common) for i in order])
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_title(title, loc="left")
+    _plain(axes, "x")
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color=FAINT, linewidth=0.6, zorder=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.0f}×" if x >= 9.95 else f"{x:.1f}×" if x >= 0.995 else f"{x:.2f}×"
+
+
+def _plain(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
+    for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _share_panel(axes: Any, rows: list[Row]) -> None:
-    floors = {row.case: row.floor_us for row in rows}
-    shares = {
-        case: {key: 100 * floors[case] / us for key, us in v.items()} for case, v in times_of(rows, "device_us").items()
-    }
-    _panel(axes, rows, shares, with_size=True, bars=True)
-    axes.axvline(100, color=INK, linewidth=1.2)
-    axes.set_xlim(0, max(109.0, *(share + 5 for v in shares.values() for share in v.values())))
-    axes.set_xlabel("share of the measured copy bandwidth, %  (longer is better)")
-    rate = rows[0].environment.copy_tbs
-    axes.set_title(f"Large batches on the device (100% = {rate:.2f} TB/s)", loc="left")
+def _rate(row: Row, forms: Iterable[str]) -> float | None:
+    times = [t for form in forms if (t := row.baselines.get(form, Times()).device_us)]
+    return row.bytes / min(t[1] for t in times) / 1e3 if times else None
 
 
-def _host_panel(axes: Any, rows: list[Row]) -> None:
-    _panel(axes, rows, times_of(rows, "host_us"), with_size=False, bars=False)
-    adds = sorted(row.add_us for row in rows if row.add_us)
-    if adds:
-        middle = adds[len(adds) // 2]
-        axes.axvline(middle, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        text = f"add_ on one\nelement, {middle:.1f}"
-        axes.annotate(text, (middle, 0), (-4, 2), textcoords="offset points", ha="right", va="center", fontsize=8.5)
-        axes.set_xlim(left=min(adds) / 4)
-    axes.set_xlabel("µs a call on the host, logarithmic  (left is better)")
-    axes.set_title("Host time, Wan 480p latents, batch 1", loc="left")
+def _roof(axes: Any, rows: list[Row], title: str) -> None:
+    """GB/s against the bytes of a call, the copy rate as the roof, a line from the slowest way up to ours."""
+    from matplotlib import ticker
+
+    # What multiplies matrices has another roof, and the slower backends of a case only hide it.
+    best = sorted((row for row in chosen(rows) if row.gbs and not row.flops), key=lambda row: row.gbs or 0.0)
+    lowest = copy = rows[0].environment.copy_tbs * 1e3
+    for row in best:
+        # Without the peers, which would press all others together under the roof: they are in the other picture.
+        points = [(key, _rate(row, forms)) for key, forms in BASELINES if key != "peer"]
+        found = [(key, y) for key, y in [*points, ("ours", row.gbs)] if y]
+        rates = [y for _, y in found]
+        axes.plot([row.bytes] * 2, [min(rates), max(rates)], color=FAINT, linewidth=1.2, zorder=1)
+        for key, y in found:
+            lowest = min(lowest, y)
+            marker, area, front = MARKERS[key]
+            axes.scatter([row.bytes], [y], s=area, color=COLOURS[key], marker=marker, zorder=front, linewidths=0)
+    axes.axhline(copy, color=INK, linewidth=1.4)
+    rate = f"{copy / 1e3:.2f} TB/s" if copy >= 1e3 else f"{copy:.0f} GB/s"
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    low, high = lowest / 1.4, max([copy, *(row.gbs or 0.0 for row in best)]) * 1.5
+    axes.set_ylim(low, high)
+    sizes = [row.bytes for row in best]
+    # Names stand beside the cloud, on a quarter of the width: of single clips at its left, of batches at its right.
+    batches = any(row.batch > 1 for row in best)
+    quarter = max(math.log(max(sizes) / min(sizes)), math.log(10)) * (0.6 if batches else 0.4)
+    axes.set_xlim(min(sizes) / math.exp(quarter), max(sizes) * (math.exp(quarter) if batches else 1.5))
+    for left in (True, False):
+        side = [row for row in best if (row.batch == 1) == left]
+        edge = min(row.bytes for row in side) / 1.4 if left and side else max(sizes) * 1.4
+        for row, y in zip(side, _apart([row.gbs or 0.0 for row in side], low, high), strict=True):
+            axes.plot([edge, row.bytes], [y, row.gbs], color=FAINT, linewidth=0.8, zorder=0)
+            name = f"{row.title}  " if left else f"  {row.title}, {size(row)}"
+            axes.annotate(
+                *(name, (edge, y)), ha="right" if left else "left", va="center", fontsize=8, bbox=PAPER, zorder=5
+            )
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if batches else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e9:g} GB" if x >= 1e9 else f"{x / 1e6:g} MB")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("bytes that a call has to move, logarithmic")
+    axes.set_ylabel("GB/s, logarithmic  (higher is better)")
+    axes.set_title(f"{title}; the line: copying within its memory, {rate}", loc="left")
+    _plain(axes, "y")
 
 
-def _cpu_panel(axes: Any, rows: list[Row]) -> None:
-    times = times_of(rows, "device_us")
-    _panel(axes, rows, {c: {k: us / 1e3 for k, us in v.items()} for c, v in times.items()}, with_size=False, bars=False)
-    axes.set_xlabel("ms a call, logarithmic  (left is better)")
-    e = rows[0].environment
-    axes.set_title(f"{e.card}, {e.threads} threads, Wan 480p latents, batch 1, {rows[0].dtype}", loc="left")
+def _apart(values: list[float], low: float, high: float) -> list[float]:
+    """Ascending places for names at `values`, at least a line apart, on a logarithmic axis of `_height`."""
+    step = math.log(high / low) / max(34, 1.5 * len(values))
+    places: list[float] = []
+    for value in values:
+        wanted = math.log(value)
+        places.append(max(wanted, places[-1] + step) if places else max(wanted, math.log(low) + step))
+    # Pushed up only, the last would lie too high: back down from the roof.
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = min(places[i], math.log(high) - step * (len(places) - i))
+    return [math.exp(place) for place in places]
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Write the picture: large batches and host time of the GPU's rows, times of the CPU's; no panel without rows.
+def _height(rows: list[Row]) -> float:
+    """Inches of a roofline: as many lines as there are names on its fuller side, and half as many again."""
+    clips = sum(row.batch == 1 for row in chosen(rows))
+    return max(6.2, 0.25 * max(clips, len(chosen(rows)) - clips) + 1)
+
+
+def draw(rows: list[Row]) -> dict[str, bytes]:
+    """Both pictures as PNG, by file name; no panel without rows.
 
     Raises:
         ValueError: there are no rows, or they come from more than one GPU.
@@ -126,66 +187,94 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    gpu = [row for row in rows if row.environment.driver != "none"]
-    cpu = [row for row in rows if row.environment.driver == "none"]
+    gpu = [row for row in rows if row.on_gpu]
+    cpu = [row for row in rows if not row.on_gpu]
     cards = sorted({row.environment.card for row in gpu})
     if not rows or len(cards) > 1:
-        raise ValueError(f"the picture is of one GPU's and one CPU's rows, got {len(rows)} rows of {cards or 'no GPU'}")
-    large = [row for row in gpu if row.batch > 1 and row.device_us]
-    small = [row for row in gpu if row.batch == 1 and row.host_us]
-    panels: dict[str, tuple[Callable[[Any, list[Row]], None], list[Row]]] = {}
-    if large:
-        panels["share"] = _share_panel, large
-    if small:
-        panels["host"] = _host_panel, small
-    if cpu:
-        panels["cpu"] = _cpu_panel, cpu
-    top = [name for name in ("share", "host") if name in panels]
-    layout: Any = [top, ["cpu"] * len(top)] if top and cpu else [top or ["cpu"]]
-    count = {name: len({row.case for row in found}) for name, (_, found) in panels.items()}
-    heights = [max(2.0, 0.48 * max(count[name] for name in line)) for line in layout]
-    if "cpu" in layout[-1]:
-        heights[-1] = max(2.0, 0.27 * count["cpu"])
+        raise ValueError(
+            f"the pictures are of one GPU's and one CPU's rows, got {len(rows)} rows of {cards or 'no GPU'}"
+        )
+    made = {"speedups.png": _speedups(gpu, cpu)}
+    if any(row.gbs and not row.flops for row in rows):
+        made["roofline.png"] = _roofline(gpu, cpu)
+    return made
+
+
+def _speedups(gpu: list[Row], cpu: list[Row]) -> bytes:
+    batches = [row for row in chosen(gpu) if row.batch > 1 or row.flops]
+    clips = [row for row in chosen(gpu) if row.batch == 1 and row.host_us]
+    panels = {
+        "device": (batches, "device_us", "On the device"),
+        "host": (clips, "host_us", "Until a call returns to the host"),
+        "cpu": (chosen(cpu), "device_us", _machine(cpu)),
+    }
+    panels = {name: panel for name, panel in panels.items() if any(speedups(row, panel[1]) for row in panel[0])}
+    lines = [[name for name in ("device", "host") if name in panels], ["cpu"] if "cpu" in panels else []]
+    lines = [line for line in lines if line]
+    heights = [0.42 * max(len(panels[name][0]) for name in line) + 0.9 for line in lines]
+    layout = [line * (2 if len(line) == 1 else 1) for line in lines]
+    with _figure(layout, (13.5, sum(heights) + 0.6), heights, f"Times as fast: {_machine(gpu or cpu)}") as figure:
+        axes, finish = figure
+        for name, (rows, clock, title) in panels.items():
+            _bars(axes[name], rows, clock, title)
+        return finish([(f"over {LABELS[key]}", COLOURS[key], "s") for key, _ in BASELINES])
+
+
+def _roofline(gpu: list[Row], cpu: list[Row]) -> bytes:
+    panels = {name: rows for name, rows in (("gpu", gpu), ("cpu", cpu)) if any(r.gbs and not r.flops for r in rows)}
+    title = "Memory rate of a call against its size"
+    heights = [_height(rows) for rows in panels.values()]
+    with _figure([[name] for name in panels], (11.5, sum(heights) + 0.4), heights, title) as figure:
+        axes, finish = figure
+        for name, rows in panels.items():
+            _roof(axes[name], rows, _machine(rows))
+        return finish([(LABELS[key], COLOURS[key], marker) for key, (marker, _, _) in MARKERS.items()])
+
+
+def _machine(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    e = rows[0].environment
+    return e.card if rows[0].on_gpu else f"{e.card}, {e.threads} threads"
+
+
+@contextmanager
+def _figure(
+    layout: list[list[str]], inches: tuple[float, float], heights: list[float] | None, title: str
+) -> Iterator[tuple[dict[str, Any], Callable[[list[tuple[str, str, str]]], bytes]]]:
+    """The axes by name, and what adds the legend (label, colour, marker) and gives the picture."""
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: Any = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 12}
+    style: Any = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10}
     style |= dict.fromkeys(inked, INK)
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplot_mosaic(
-            layout, figsize=(12.5, sum(heights) + 1.3 * len(layout) + 0.5), height_ratios=heights, layout="constrained"
-        )
-        for name, (paint, found) in panels.items():
-            paint(axes[name], found)
-        handles: dict[str, Any] = {}
-        for one in axes.values():
-            handles.update(zip(*reversed(one.get_legend_handles_labels()), strict=True))
-        order = [label for label in dict.fromkeys(label for _, label, _, _ in SERIES) if label in handles]
-        title = f"{cards[0]}, torch {gpu[0].environment.torch}" if gpu else f"torch {cpu[0].environment.torch}"
+        figure, axes = pyplot.subplot_mosaic(layout, figsize=inches, height_ratios=heights, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-        figure.legend(
-            [handles[label] for label in order], order, loc="outside upper right", ncols=len(order), frameon=False
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # White, not transparent: dark ink on a dark page could not be read. No date inside: same rows, same bytes.
-        figure.savefig(path, dpi=150, facecolor="white", metadata={"Software": None})
-        pyplot.close(figure)
+
+        def finish(entries: list[tuple[str, str, str]]) -> bytes:
+            drawn = {to_hex(colour) for one in axes.values() for colour in _colours(one)}
+            marks = [
+                Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
+                for label, colour, marker in entries
+                if colour in drawn
+            ]
+            figure.legend(handles=marks, loc="outside upper right", ncols=len(marks), frameon=False)
+            buffer = io.BytesIO()
+            # White, not transparent: dark ink on a dark page could not be read. No date inside: same rows, same bytes.
+            figure.savefig(buffer, dpi=130, facecolor="white", metadata={"Software": None}, format="png")
+            return buffer.getvalue()
+
+        from matplotlib.colors import to_hex
+
+        try:
+            yield axes, finish
+        finally:
+            pyplot.close(figure)
 
 
-def main() -> int:
-    """Draw the picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--out", type=Path, default=PICTURE)
-    parser.add_argument("--card", default="", help="which GPU's rows, if there are several: a part of its name")
-    arguments = parser.parse_args()
-    rows = load_all(arguments.results)
-    rows = [row for row in rows if row.environment.driver == "none" or arguments.card in row.environment.card]
-    if not rows:
-        sys.exit(f"no rows in {arguments.results}")
-    draw(rows, arguments.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _colours(axes: Any) -> Iterator[Any]:
+    """Of the bars and the points."""
+    yield from (bar.get_facecolor() for bar in axes.patches)
+    yield from (colour for cloud in axes.collections for colour in cloud.get_facecolor())

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import baseline_variants, released
+from latentfast.benchmarks.cases import Selection
+from latentfast.benchmarks.measure import baseline_variants, released
 
 
-def warm(ids: list[str], device: torch.device, quick: bool, jobs: int, cache: Path, seconds: float) -> float:
-    """Fill the cache folder for the cases `ids`; returns the seconds taken. The run itself compiles what failed."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+def warm(selection: Selection, jobs: int, cache: Path, seconds: float) -> float:
+    """Fill the cache folder for the selection's cases; returns the seconds taken. The run compiles what failed."""
     start = time.perf_counter()
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     workers = []
-    for i in range(min(jobs, len(ids))):
-        command = [sys.executable, "-m", "benchmarks.precompile", "--device", str(device), *(["--quick"] * quick)]
-        workers.append(subprocess.Popen([*command, *ids[i::jobs]], env=environment))
+    for i in range(min(jobs, len(selection.cases()))):
+        command = [sys.executable, "-m", "latentfast.benchmarks.precompile", selection.to_json(), str(i), str(jobs)]
+        workers.append(subprocess.Popen(command, env=environment))
     for worker in workers:
         try:
             worker.wait(max(1.0, seconds - (time.perf_counter() - start)))
@@ -38,20 +38,17 @@ def warm(ids: list[str], device: torch.device, quick: bool, jobs: int, cache: Pa
 
 
 def main() -> None:
-    """A worker: compile and run each case's baselines once."""
-    from benchmarks.cases import select  # here, because `cases` imports what a parent needs no earlier
-
+    """A worker: compile and run its share of the cases' baselines once."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--device", type=torch.device, required=True)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("ids", nargs="+")
+    parser.add_argument("selection", type=Selection.from_json)
+    parser.add_argument("worker", type=int)
+    parser.add_argument("jobs", type=int)
     options = parser.parse_args()
-    for case in select(options.device, options.quick):
-        if case.id not in options.ids:
-            continue
-        with released(options.device):
+    device = torch.device(options.selection.device)
+    for case in options.selection.cases()[options.worker :: options.jobs]:
+        with released(device):
             torch.manual_seed(0)
-            inputs = case.draw(options.device)
+            inputs = case.draw(device)
             for variant in baseline_variants(case.operation, True):
                 if variant.name.endswith("compiled"):
                     try:

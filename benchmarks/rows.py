@@ -6,7 +6,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 import latentfast
 
 RESULTS = Path(__file__).parent / "results"
-#: Baselines by their key in a row: the reference, eager and compiled, and the field's expression, likewise.
-BASELINES = ("eager", "compiled", "field_eager", "field_compiled")
+#: Baselines by their key in a row: the reference, eager and compiled, the field's expression, likewise, and the peer's
+#: own code as it stands.
+BASELINES = ("eager", "compiled", "field_eager", "field_compiled", "peer_eager")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Times:
 
     device_us: list[float] | None = None
     host_us: list[float] | None = None
+    launches: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def call_us(self) -> float | None:
+        """What a caller waits for when calls follow one another: the longer of both medians."""
+        return max((times[1] for times in (self.device_us, self.host_us) if times), default=None)
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,12 @@ class Environment:
     date: str
     threads: int
     copy_tbs: float  # measured copy rate, bytes read + written, in 10^12 bytes a second
+    matrix_tflops: float | None = None  # measured rate of a large matrix product in the device's usual dtype
 
 
 @dataclass(frozen=True)
 class Row:
-    """See README.md in this folder for the fields' meaning."""
+    """See README.md in this folder for the fields' meaning. Those with a default are missing in the oldest files."""
 
     op: str
     variant: str
@@ -74,6 +83,21 @@ class Row:
     quick: bool  # a smoke run on tiny sizes: says nothing about speed
     notes: list[str]
     environment: Environment = field(repr=False)
+    peer_note: str = ""
+    flops: int | None = None
+    tflops: float | None = None
+    launches: int | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def own(self) -> Times:
+        """This row's own measurements, in the form of a baseline's."""
+        return Times(self.device_us, self.host_us, self.launches, self.peak_bytes)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it was measured on a GPU."""
+        return self.environment.driver != "none"
 
     @property
     def case(self) -> tuple[str, str, str, str]:
@@ -86,9 +110,11 @@ class Row:
         return f"{self.op} {self.variant}".strip()
 
     def speedup(self, baseline: str, clock: str) -> float | None:
-        """How many times longer `baseline` takes by `clock` ("device_us" or "host_us"), by the medians."""
-        own, other = getattr(self, clock), getattr(self.baselines.get(baseline, Times()), clock)
-        return other[1] / own[1] if own and other else None
+        """How many times longer `baseline` takes by `clock`: "device_us" or "host_us", by the medians, or "call_us"."""
+        own, other = (getattr(times, clock) for times in (self.own, self.baselines.get(baseline, Times())))
+        if own and other:
+            return other / own if clock == "call_us" else other[1] / own[1]
+        return None
 
     def to_json(self) -> str:
         """One line. The speed-ups are written for the reader's sake; reading takes them from the times."""
@@ -102,12 +128,17 @@ class Row:
     def from_json(cls, line: str) -> "Row":
         """The row of a line; ValueError if a field is missing or unknown."""
         data = json.loads(line)
-        known = {f.name for f in fields(cls)}
-        if set(data) != known:
-            raise ValueError(f"a row has the wrong fields: {sorted(set(data) ^ known)}")
+        if not isinstance(data, dict):
+            raise ValueError("a row is not a JSON object")
+        known = {f.name: f.default is MISSING for f in fields(cls)}
+        wrong = {name for name in set(data) ^ set(known) if known.get(name, True)}
+        if wrong:
+            raise ValueError(f"a row has the wrong fields: {sorted(wrong)}")
         data["environment"] = Environment(**data["environment"])
+        measured = {f.name for f in fields(Times)}  # what else is written there follows from the row's times
         data["baselines"] = {
-            name: Times(times["device_us"], times["host_us"]) for name, times in data["baselines"].items()
+            name: Times(**{key: value for key, value in times.items() if key in measured})
+            for name, times in data["baselines"].items()
         }
         return cls(**data)
 
@@ -143,8 +174,8 @@ def _commit() -> str:
     return os.environ.get("LATENTFAST_COMMIT") or (head + dirty) or "unknown"
 
 
-def environment(device: torch.device, copy_rate: float) -> Environment:
-    """The machine that this process runs on; `copy_rate` in bytes a second."""
+def environment(device: torch.device, copy_rate: float, matrix_rate: float | None = None) -> Environment:
+    """The machine that this process runs on; `copy_rate` in bytes a second, `matrix_rate` in flops a second."""
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
         driver = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
@@ -165,6 +196,7 @@ def environment(device: torch.device, copy_rate: float) -> Environment:
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         threads=torch.get_num_threads(),
         copy_tbs=copy_rate / 1e12,
+        matrix_tflops=matrix_rate / 1e12 if matrix_rate else None,
     )
 
 

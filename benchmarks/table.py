@@ -1,16 +1,36 @@
-"""Tables of the rows: plain text for a terminal, and the README's between its markers."""
+"""Tables of the rows: for a terminal, and the README's between its markers."""
 
-import argparse
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.rows import RESULTS, Row, Times, load_all
+from rich.table import Table
+
+from latentfast.benchmarks.rows import Row, Times
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 #: The sizes as a reader knows them.
-SIZE_NAMES = {"wan480": "Wan 480p", "wan720": "Wan 720p", "hunyuan720": "Hunyuan 720p", "tiny": "tiny"}
+SIZE_NAMES = {
+    "wan480": "Wan 480p",
+    "wan720": "Wan 720p",
+    "hunyuan720": "Hunyuan 720p",
+    "wan21_1_3b_480p": "Wan 480p",
+    "wan21_14b_720p": "Wan 720p",
+    "wan22_ti2v_5b_720p": "Wan 2.2 5B 720p",
+    "hunyuan_720p": "Hunyuan 720p",
+    "ltx": "LTX 480p",
+    "ltx_480p": "LTX 480p",
+    "cogvideox_5b": "CogVideoX",
+    "mochi_480p": "Mochi 480p",
+    "svd_xt": "SVD-XT",
+    "animatediff": "AnimateDiff",
+    "wan14b_720p": "Wan 14B 720p",
+    "wan1b_480p": "Wan 1.3B 480p",
+    "wan720_grid": "Wan 720p tokens",
+    "wan480_grid": "Wan 480p tokens",
+}
+#: A column: its header, and what stands in it.
+Column = tuple[str, Callable[[Row], str]]
 
 
 def number(x: float | None) -> str:
@@ -21,8 +41,9 @@ def number(x: float | None) -> str:
 
 
 def size(row: Row) -> str:
-    """`Wan 480p, B 1`, with the dtype where it is not the device's usual one."""
-    name = SIZE_NAMES.get(row.workload.rsplit("_b", 1)[0], row.workload)
+    """Such as `Wan 480p, B 1`."""
+    name = row.workload.rsplit("_b", 1)[0]
+    name = SIZE_NAMES.get(name, name)
     return f"{name}, B {row.batch}"
 
 
@@ -38,69 +59,115 @@ def _of(row: Row, baseline: str, clock: str) -> float | None:
     return _median(getattr(row.baselines.get(baseline, Times()), clock))
 
 
-def plain(rows: Iterable[Row]) -> str:
-    """Every row, for a terminal: device and host time, floor, and the baselines as device/host times."""
-    head = f"{'operation':34s} {'size':16s} {'backend':10s}"
-    head += f" {'device':>8s} {'floor':>8s} {'share':>6s} {'host':>7s} {'add_':>6s}"
-    head += "".join(f" {name:>17s}" for name in ("eager", "compiled", "field", "field compiled")) + f" {'ulp':>5s}"
-    lines = [head]
+def memory(count: int | None) -> str:
+    """Bytes with a unit."""
+    if count is None:
+        return "–"
+    for unit, size_of in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size_of:
+            return f"{count / size_of:.3g} {unit}"
+    return f"{count} B"
+
+
+def _share(row: Row) -> str:
+    return "–" if row.floor_share is None else f"{row.floor_share:.0%}"
+
+
+def _dtype_size(row: Row) -> str:
+    return f"{size(row)}, {row.dtype}"
+
+
+def _pair(row: Row, name: str) -> str:
+    return f"{number(_of(row, name, 'device_us'))}/{number(_of(row, name, 'host_us'))}"
+
+
+def _launches(row: Row) -> str:
+    """Ours, and the peer's where there is one, else the eager reference's."""
+    other = row.baselines.get("peer_eager" if row.peer_note else "eager", Times()).launches
+    return f"{'–' if row.launches is None else row.launches}/{'–' if other is None else f'{other:,}'}"
+
+
+def _peaks(row: Row) -> str:
+    return f"{memory(row.peak_bytes)}/{memory(row.baselines.get('eager', Times()).peak_bytes)}"
+
+
+def terminal(rows: list[Row]) -> Table:
+    """Every row: µs on the device and the host, floor, the baselines' as device/host, launches, memory."""
+    columns: list[Column] = [
+        ("operation", lambda row: row.title),
+        ("size", _dtype_size),
+        ("backend", lambda row: row.backend),
+        ("µs", lambda row: number(_median(row.device_us))),
+        ("floor", lambda row: number(row.floor_us)),
+        ("of it", _share),
+        ("host", lambda row: number(_median(row.host_us))),
+        ("add_", lambda row: number(row.add_us)),
+    ]
+    for name in ("eager", "compiled", "field_eager", "field_compiled", "peer_eager"):
+        if any(name in row.baselines for row in rows):
+            columns.append((name.replace("_eager", "").replace("_", " "), lambda row, name=name: _pair(row, name)))
+    columns.append(("launches", _launches))
+    if any(row.peak_bytes is not None for row in rows):
+        columns.append(("memory/eager's", _peaks))
+    columns.append(("ulp", lambda row: f"{row.error_ulp:.2f}{'' if row.correct else ' WRONG'}"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, (header, _) in enumerate(columns):
+        table.add_column(header, justify="left" if i < 3 else "right", no_wrap=i > 1)
     for row in rows:
-        name = f"{row.title} {'' if row.dtype == 'bfloat16' else row.dtype}"
-        share = "–" if row.floor_share is None else f"{row.floor_share:.0%}"
-        line = f"{name:34s} {row.workload:16s} {row.backend:10s} {number(_median(row.device_us)):>8s} "
-        line += f"{number(row.floor_us):>8s} {share:>6s} {number(_median(row.host_us)):>7s} {number(row.add_us):>6s}"
-        for baseline in ("eager", "compiled", "field_eager", "field_compiled"):
-            pair = f"{number(_of(row, baseline, 'device_us'))}/{number(_of(row, baseline, 'host_us'))}"
-            line += f" {pair:>17s}"
-        lines.append(f"{line} {row.error_ulp:5.2f}{'' if row.correct else ' WRONG'}")
-    return "\n".join(lines)
+        table.add_row(*(cell(row) for _, cell in columns))
+    return table
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
+def _markdown(columns: list[Column], rows: list[Row]) -> str:
+    header = [name for name, _ in columns]
     rule = ["---", "---", "---"] + ["---:"] * (len(header) - 3)
+    lines = [[cell(row) for _, cell in columns] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
+def _per_add(row: Row) -> str:
+    host = _median(row.host_us)
+    return number(host / row.add_us) if host and row.add_us else "–"
+
+
+def _columns(rows: list[Row], clock: str) -> list[Column]:
+    """Of one table of the README, by `device_us` or `host_us`; what the peers say only where there are peers."""
+    share = "of the floor" if any(row.flops for row in rows) else "of copy rate"
+    columns: list[Column] = [
+        ("operation", lambda row: f"`{row.title}`"),
+        ("latents", _dtype_size),
+        ("backend", lambda row: row.backend),
+        ("µs", lambda row: f"**{number(_median(getattr(row, clock)))}**"),
+        (share, _share) if clock == "device_us" else ("× `add_`", _per_add),
+    ]
+    names = [("eager µs", "eager"), ("`torch.compile` µs", "compiled")]
+    names += [("usual expression µs", "field_eager"), ("…compiled µs", "field_compiled")]
+    for header, name in names:
+        columns.append((header, lambda row, name=name: number(_of(row, name, clock))))
+    peers = any("peer_eager" in row.baselines for row in rows)
+    if peers:
+        columns.append(("peer µs", lambda row: number(row.baselines.get("peer_eager", Times()).call_us)))
+    columns += [
+        ("× eager", lambda row: _times(row.speedup("eager", clock))),
+        ("× compile", lambda row: _times(row.speedup("compiled", clock))),
+    ]
+    if peers:
+        columns.append(("× peer", lambda row: _times(row.speedup("peer_eager", "call_us"))))
+    if any(row.launches is not None for row in rows):
+        columns.append(("launches", _launches))
+    if any(row.peak_bytes is not None for row in rows) and clock == "device_us":
+        columns.append(("memory/eager's", _peaks))
+    if clock == "device_us":
+        columns.append(("error, ulp", lambda row: f"{row.error_ulp:.2f}"))
+    return columns
+
+
 def _device_table(rows: list[Row]) -> str:
-    header = ["operation", "latents", "backend", "µs", "of copy rate", "eager µs", "`torch.compile` µs"]
-    header += ["usual expression µs", "…compiled µs", "× eager", "× compile", "error, ulp"]
-    lines = []
-    for row in rows:
-        lines.append(
-            [
-                f"`{row.title}`",
-                f"{size(row)}, {row.dtype}",
-                row.backend,
-                f"**{number(_median(row.device_us))}**",
-                "–" if row.floor_share is None else f"{row.floor_share:.0%}",
-                *(number(_of(row, b, "device_us")) for b in ("eager", "compiled", "field_eager", "field_compiled")),
-                _times(row.speedup("eager", "device_us")),
-                _times(row.speedup("compiled", "device_us")),
-                f"{row.error_ulp:.2f}",
-            ]
-        )
-    return _markdown(header, lines)
+    return _markdown(_columns(rows, "device_us"), rows)
 
 
 def _host_table(rows: list[Row]) -> str:
-    header = ["operation", "latents", "backend", "µs", "× `add_`", "eager µs", "`torch.compile` µs"]
-    header += ["usual expression µs", "…compiled µs", "× eager", "× compile"]
-    lines = []
-    for row in rows:
-        host = _median(row.host_us)
-        lines.append(
-            [
-                f"`{row.title}`",
-                f"{size(row)}, {row.dtype}",
-                row.backend,
-                f"**{number(host)}**",
-                number(host / row.add_us) if host and row.add_us else "–",
-                *(number(_of(row, b, "host_us")) for b in ("eager", "compiled", "field_eager", "field_compiled")),
-                _times(row.speedup("eager", "host_us")),
-                _times(row.speedup("compiled", "host_us")),
-            ]
-        )
-    return _markdown(header, lines)
+    return _markdown(_columns(rows, "host_us"), rows)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -111,7 +178,7 @@ def markdown(rows: list[Row]) -> str:
         machines.setdefault((e.card, e.driver, e.torch, e.commit, e.date, str(e.threads)), []).append(row)
     parts = []
     for (card, driver, torch_version, commit, date, threads), found in sorted(machines.items(), reverse=True):
-        gpu = driver != "none"
+        gpu = found[0].on_gpu
         rate = f"{found[0].environment.copy_tbs:.2f} TB/s" if gpu else f"{1e3 * found[0].environment.copy_tbs:.0f} GB/s"
         where = f"driver {driver}" if gpu else f"{threads} threads"
         parts.append(f"**{card}**, {where}, torch {torch_version}, copy rate {rate}, commit {commit}, {date}.")
@@ -133,26 +200,3 @@ def inserted(readme: str, table: str) -> str:
         raise ValueError(f"the README must hold {BEGIN} and after it {END}, each once")
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    """Write the tables into the README; with --check say whether they are there already."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the tables are not these rows'")
-    arguments = parser.parse_args()
-    rows = load_all(arguments.results)
-    if not rows:
-        sys.exit(f"no rows in {arguments.results}")
-    old = arguments.readme.read_text(encoding="utf-8")
-    new = inserted(old, markdown(rows))
-    if arguments.check:
-        print("the README holds these rows" if new == old else "the README's tables are not those of the rows")
-        return int(new != old)
-    arguments.readme.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from benchmarks.rows import Row
+from latentfast.benchmarks.cases import STEMS
+from latentfast.benchmarks.operation import short
+from latentfast.benchmarks.rows import Row, Times
 
 #: The order in which the library picks a backend (latentfast/backends.py): a target is about what a user gets.
 CHOSEN = ("native-cpu", "cuda", "triton", "eager")
@@ -27,7 +29,10 @@ class Target:
         return value is not None and (value <= self.bound if self.at_most else value >= self.bound)
 
 
-def _faster(baseline: str, clock: str) -> Callable[[Row], float | None]:
+Measure = Callable[[Row], float | None]
+
+
+def _faster(baseline: str, clock: str) -> Measure:
     return lambda row: row.speedup(baseline, clock)
 
 
@@ -39,51 +44,101 @@ def _share(row: Row) -> float | None:
     return row.floor_share
 
 
-def _gpu() -> list[Target]:
-    small = ("wan480_b1", "bfloat16")
+def _floors(row: Row) -> float | None:
+    return 1 / row.floor_share if row.floor_share else None
+
+
+def _of_eagers_memory(row: Row) -> float | None:
+    eager = row.baselines.get("eager", Times()).peak_bytes
+    return row.peak_bytes / eager if row.peak_bytes is not None and eager else None
+
+
+def _fewer_launches(row: Row) -> float | None:
+    peer = row.baselines.get("peer_eager", Times()).launches
+    return peer / row.launches if peer and row.launches else None
+
+
+#: What a target is about, in few words, and how it is taken from a row.
+SHARE = "share of the copy rate", _share
+HOST_ADD = "host time / add_", _per_add
+HOST_COMPILE = "host, × torch.compile", _faster("compiled", "host_us")
+HOST_EAGER = "host, × eager", _faster("eager", "host_us")
+COMPILE = "device, × torch.compile", _faster("compiled", "device_us")
+EAGER = "device, × eager", _faster("eager", "device_us")
+PEER = "call, × peer", _faster("peer_eager", "call_us")
+FLOORS = "time / floor", _floors
+MEMORY = "memory / eager's", _of_eagers_memory
+LAUNCHES = "launches, × fewer", _fewer_launches
+AT_MOST = (HOST_ADD, FLOORS, MEMORY)
+
+
+def _targets(
+    op: str, variant: str, workload: str, bounds: dict[tuple[str, Measure], float], dtype: str = "bfloat16"
+) -> list[Target]:
+    return [
+        Target(op, variant, workload, dtype, *what, bound, at_most=what in AT_MOST) for what, bound in bounds.items()
+    ]
+
+
+def _of_a_pipeline() -> dict[str, list[Target]]:
+    """The arithmetic of a video pipeline between its model calls, by stem."""
+    small = {HOST_ADD: 2.0, HOST_COMPILE: 5.0, HOST_EAGER: 8.0}
+    heatmap = {FLOORS: 2.0, COMPILE: 3.0, EAGER: 10.0, MEMORY: 0.01}
+    return {
+        "guidance": [
+            *_targets("guided_step", "cfg,rescale", "wan720_b32", {SHARE: 0.70, COMPILE: 1.15, EAGER: 8.0}),
+            *_targets("guided_step", "apg", "wan720_b32", {SHARE: 0.70, COMPILE: 1.8, EAGER: 8.0}),
+            *_targets("guided_step", "cfg,rescale", "wan480_b1", small),
+            *_targets("guided_step", "apg", "wan480_b1", small),
+            *_targets("combine", "N=6", "wan720_b32", {SHARE: 0.85, COMPILE: 1.0, EAGER: 5.0}),
+        ],
+        "stats": _targets("adain", "", "ltx_b32", {SHARE: 0.70, COMPILE: 1.5, PEER: 50.0}),
+        "mask": [
+            *_targets("token_heatmap", "4 tokens", "wan14b_720p_b1", heatmap),
+            *_targets(
+                *("heatmap_to_mask", "quantile, dilated, smoothed", "wan720_grid_b1"),
+                {COMPILE: 2.0, EAGER: 5.0},
+                "float32",
+            ),
+        ],
+        "preview": _targets("latent_to_rgb", "8x", "hunyuan720_b1", {SHARE: 0.70, COMPILE: 4.0, EAGER: 20.0}),
+        "tiles": _targets("stitch", "", "wan720_b1", {SHARE: 0.60, LAUNCHES: 50.0, PEER: 5.0}),
+    }
+
+
+def _of_the_core() -> list[Target]:
+    """Interpolation, edits, temporal losses."""
+    small = {HOST_ADD: 2.0, HOST_COMPILE: 5.0, HOST_EAGER: 8.0}
     targets = []
     for op, variant in (("slerp", ""), ("edit", "N=1"), ("edit", "N=4"), ("blend", ""), ("temporal_loss_and_grad", "")):
-        targets += [
-            Target(op, variant, *small, "host time / add_", _per_add, 2.0, at_most=True),
-            Target(op, variant, *small, "host, × torch.compile", _faster("compiled", "host_us"), 5.0),
-            Target(op, variant, *small, "host, × eager", _faster("eager", "host_us"), 8.0),
-        ]
-    targets += [
-        Target("temporal_loss", "autograd", *small, "host, × torch.compile", _faster("compiled", "host_us"), 5.0),
-        Target("temporal_loss", "autograd", *small, "host, × eager", _faster("eager", "host_us"), 8.0),
-    ]
+        targets += _targets(op, variant, "wan480_b1", small)
+    targets += _targets("temporal_loss", "autograd", "wan480_b1", {HOST_COMPILE: 5.0, HOST_EAGER: 8.0})
     for op, variant in (("edit", "N=1"), ("edit", "N=4"), ("blend", ""), ("lerp", ""), ("temporal_loss", "")):
-        targets.append(Target(op, variant, "wan720_b32", "bfloat16", "share of the copy rate", _share, 0.85))
-    for op, variant, workload, share, times in (
-        ("slerp", "", "wan720_b64", 0.70, 2.2),
-        ("slerp_path", "K=8", "hunyuan720_b8", 0.75, 1.8),
-        ("temporal_loss_and_grad", "", "wan720_b32", 0.75, 1.8),
-    ):
-        targets += [
-            Target(op, variant, workload, "bfloat16", "share of the copy rate", _share, share),
-            Target(
-                op, variant, workload, "bfloat16", "device, × torch.compile", _faster("compiled", "device_us"), times
-            ),
-        ]
-    return targets
+        targets += _targets(op, variant, "wan720_b32", {SHARE: 0.85})
+    return [
+        *targets,
+        *_targets("slerp", "", "wan720_b64", {SHARE: 0.70, COMPILE: 2.2}),
+        *_targets("slerp_path", "K=8", "hunyuan720_b8", {SHARE: 0.75, COMPILE: 1.8}),
+        *_targets("temporal_loss_and_grad", "", "wan720_b32", {SHARE: 0.75, COMPILE: 1.8}),
+    ]
 
 
 def _cpu() -> list[Target]:
-    small = ("wan480_b1", "float32")
-    targets = []
-    for op, variant, eager, compiled in (
-        ("slerp", "", 5.0, 1.5),
-        ("temporal_loss_and_grad", "", 5.0, 1.5),
-        ("edit", "N=4", 4.0, 1.3),
-    ):
-        targets += [
-            Target(op, variant, *small, "× eager", _faster("eager", "device_us"), eager),
-            Target(op, variant, *small, "× torch.compile", _faster("compiled", "device_us"), compiled),
-        ]
+    core = {
+        ("slerp", ""): {EAGER: 5.0, COMPILE: 1.5},
+        ("temporal_loss_and_grad", ""): {EAGER: 5.0, COMPILE: 1.5},
+        ("edit", "N=4"): {EAGER: 4.0, COMPILE: 1.3},
+    }
+    targets = [t for case, bounds in core.items() for t in _targets(*case, "wan480_b1", bounds, "float32")]
+    for stem in sorted(set(STEMS) - set(_CORE_STEMS)):
+        for case in STEMS[stem].CPU_CASES:
+            name = case.operation.name, case.operation.variant, case.workload
+            targets += _targets(*name, {EAGER: 3.0, COMPILE: 1.2}, short(case.dtype))
     return targets
 
 
-GPU, CPU = _gpu(), _cpu()
+_CORE_STEMS = ("interpolate", "edit", "temporal")
+GPU, CPU = [*_of_the_core(), *(t for stem, found in _of_a_pipeline().items() if stem in STEMS for t in found)], _cpu()
 
 
 def chosen(rows: Iterable[Row], target: Target) -> Row | None:

@@ -15,7 +15,17 @@ import pytest
 import latentfast
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "latentfast", "kernels", "csrc")
+_SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "latentfast",
+    "kernels",
+    "benchmarks",
+    "csrc",
+)
 
 pytestmark = pytest.mark.skipif(not (_ROOT / "setup.py").exists(), reason="the tests do not run in a checkout")
 
@@ -93,12 +103,22 @@ import importlib.util, kernels, latentfast, torch
 assert kernels.IS_THE_OTHER
 for stem in ("interpolate", "edit", "temporal"):
     assert importlib.util.find_spec(f"latentfast.kernels.triton.{stem}") is not None, stem
+    assert importlib.util.find_spec(f"latentfast.benchmarks.bench_{stem}") is not None, stem
 torch.testing.assert_close(latentfast.slerp(torch.eye(2)[:1], torch.eye(2)[1:], 0.5), torch.full((1, 2), 0.5**0.5))
 print(latentfast.__file__)
 """
     found = Path(_succeeds(python, "-c", program, cwd=checkout if inside else tmp_path).strip())
     from_sources = inside or "editable" in python.parents[2].name
     assert found.is_relative_to(checkout if from_sources else python.parents[1])
+
+
+def test_benchmarks_run_and_have_their_rows(python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    program = "import sys; from latentfast.cli import main; sys.exit(main(sys.argv[1:]))"
+    quick = ("run", "--device", "cpu", "--quick", "--no-compile", "--only", "lerp-tiny_b1", "--out", tmp_path)
+    _succeeds(python, "-c", program, "bench", *quick, cwd=tmp_path)
+    assert (tmp_path / "cpu-quick.jsonl").exists()
+    assert "slerp" in _succeeds(python, "-c", program, "bench", "table", cwd=tmp_path)
 
 
 def test_build_information_says_what_was_left_out(python: Path, tmp_path: Path) -> None:
@@ -116,7 +136,9 @@ def test_wheel_holds_what_is_needed(wheel: Path) -> None:
     ]
     assert not missing
     assert "latentfast/kernels/triton/interpolate.py" in names
-    assert not [name for name in names if name.endswith((".so", ".cpp", ".cu")) or name.startswith("kernels")]
+    assert {"latentfast/benchmarks/bench_edit.py", "latentfast/benchmarks/results/cpu.jsonl"} <= set(names)
+    unwanted = (".so", ".cpp", ".cu"), ("kernels", "benchmarks")
+    assert not [name for name in names if name.endswith(unwanted[0]) or name.startswith(unwanted[1])]
 
 
 def _build(checkout: Path, tmp_path: Path, prelude: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

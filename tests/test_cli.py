@@ -360,10 +360,11 @@ def test_a_missing_extra_is_one_line(
 def test_help_and_doctor(capsys) -> None:
     for arguments in ([], ["--help"]):
         out = made(capsys, *arguments)
-        assert all(command in out for command in ("demo", "generate", "interpolate", "edit", "doctor"))
+        assert all(command in out for command in ("demo", "generate", "interpolate", "edit", "doctor", "bench"))
     for command, option in (("demo", "--out"), ("generate", "--seed"), ("interpolate", "--space"), ("edit", "--mask")):
         assert option in made(capsys, command, "--help")
     assert "native-cpu" in made(capsys, "doctor")
+    assert "compare" in made(capsys, "bench", "--help") and "--model" in made(capsys, "bench", "run", "--help")
 
 
 def test_the_entry_point_imports_no_extra() -> None:

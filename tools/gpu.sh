@@ -39,7 +39,7 @@ for one in $steps; do
           "$PYTHON" tools/sanitize.py --backend cuda
       done
       ;;
-    bench) step bench "$PYTHON" -m benchmarks.run_gpu --out "$OUT" ${BENCH_ARGS:-} ;;
+    bench) step bench "$PYTHON" -m latentfast bench run --device cuda --out "$OUT" ${BENCH_ARGS:-} ;;
     *) echo "unknown step '$one': build, test, sanitize or bench" >&2; exit 2 ;;
   esac
 done

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from latentfast.cli import bench
 from latentfast.cli.request import Request
 
 __all__ = ["run"]
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench.app)
 
 SAMPLING = "Model and sampling"
 Model = Annotated[

@@ -11,7 +11,7 @@ USAGE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 TERMINATED = 143  # 128 + SIGTERM
 
-# Import name -> the package that pip knows; all of them are in the extra `cli`.
+# Import name -> the package that pip knows, of the extra `cli`; and what only `latentfast bench` wants.
 EXTRA = {
     "PIL": "pillow",
     "accelerate": "accelerate",
@@ -25,6 +25,7 @@ EXTRA = {
     "transformers": "transformers",
     "typer": "typer",
 }
+BENCH_EXTRA = {"matplotlib": "matplotlib"}
 
 
 class UserError(Exception):
@@ -45,9 +46,10 @@ def explain(error: Exception) -> tuple[str, int] | None:
         return " ".join(error.format_message().split()), getattr(error, "exit_code", USAGE)
     if isinstance(error, ImportError):
         for missing in (error, error.__cause__):
-            package = EXTRA.get((getattr(missing, "name", None) or "").partition(".")[0])
-            if package is not None:
-                return f"the package {package} is not installed: pip install 'latentfast[cli]'", FAILED
+            name = (getattr(missing, "name", None) or "").partition(".")[0]
+            for extra, packages in (("cli", EXTRA), ("bench", BENCH_EXTRA)):
+                if name in packages:
+                    return f"the package {packages[name]} is not installed: pip install 'latentfast[{extra}]'", FAILED
         return None
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""

@@ -1,0 +1,154 @@
+"""`latentfast bench`: what it lists, measures, compares and draws, and what it refuses. No test looks at a speed."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentfast.benchmarks import rows
+from latentfast.cli import main
+
+TINY = ["--device", "cpu", "--quick", "--no-compile", "--only"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of `latentfast bench` in this process."""
+    capsys.readouterr()
+    status = main(["bench", *(str(argument) for argument in arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    status, _, err = run(capsys, *arguments)
+    assert status in (1, 2) and "Traceback" not in err
+    return err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a smoke run of one case."""
+    out = tmp_path_factory.mktemp("rows")
+    threads = torch.get_num_threads()
+    assert main(["bench", "run", *TINY, "slerp-tiny_b1", "--out", str(out), "--threads", "1"]) == 0
+    assert torch.get_num_threads() == threads
+    return out / "cpu-quick.jsonl"
+
+
+def test_run_writes_rows_and_says_what_it_saw(tmp_path: Path, capsys) -> None:
+    status, out, _ = run(capsys, "run", "--stem", "edit", *TINY, "blend", "--out", tmp_path / "new")
+    found = rows.load(tmp_path / "new" / "cpu-quick.jsonl")
+    assert status == 0 and {row.op for row in found} == {"blend"} and all(row.quick for row in found)
+    assert "TB/s" in out and "blend" in out and f"{len(found)} rows in" in out
+    status, *_ = run(capsys, "run", *TINY, "lerp-tiny_b1", "--out", tmp_path / "half", "--dtype", "float16")
+    assert status == 0 and {row.dtype for row in rows.load(tmp_path / "half" / "cpu-quick.jsonl")} == {"float16"}
+
+
+def test_a_case_that_was_not_measured_is_told_of(tmp_path: Path, capsys) -> None:
+    arguments = ["run", *TINY, "tiny_b1", "--stem", "edit", "--out", tmp_path, "--seconds-limit", "0.001"]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 1 and "not measured, 0.001 s were over" in out
+
+
+def test_a_wrong_result_ends_with_an_error(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentfast.benchmarks import bench_edit
+
+    wrong = dataclasses.replace(bench_edit.BLEND, ours=lambda base, edited, mask: base * 1.5)
+    monkeypatch.setattr(bench_edit, "CASES", [dataclasses.replace(bench_edit.CASES[0], operation=wrong)])
+    status, out, _ = run(capsys, "run", "--stem", "edit", *TINY, "", "--out", tmp_path)
+    assert status == 1 and "wrong result" in out
+
+
+def test_list_names_cases_models_and_peers(capsys) -> None:
+    status, out, _ = run(capsys, "list", "--device", "cuda")
+    assert status == 0 and "slerp-wan720_b64-bfloat16" in out and "edit[N=4]-wan720_b32-bfloat16" in out
+    model = ["--model", "ltx_480p", "--batch", 2, "--dtype", "float16"]
+    status, out, _ = run(capsys, "list", "--device", "cpu", "--stem", "edit", *model)
+    assert status == 0 and "blend-ltx_480p_b2-float16" in out and "2x128x16x15x22" in out and "slerp" not in out
+
+
+def test_refusals_name_the_option(capsys, tmp_path: Path) -> None:
+    for arguments, expected in [
+        (["run", "--stem", "nothing"], "--stem: expected one of"),
+        (["run", "--model", "wan99"], "--model: expected one of wan21_1_3b_480p"),
+        (["run", "--dtype", "int8"], "--dtype: expected one of auto, float32"),
+        (["run", "--device", "tpu"], "--device: expected auto, cpu, cuda, got 'tpu'"),
+        ([], "Missing command"),
+        (["list", "--only", "no such case"], "no case is left"),
+        (["plot", "--results", tmp_path], f"no rows in {tmp_path}"),
+        (["compare", tmp_path / "a", tmp_path / "b"], f"cannot read {tmp_path / 'a'}"),
+        (["table", "--readme", tmp_path / "none.md"], "--readme:"),
+    ]:
+        assert expected in refused(capsys, *arguments), arguments
+    words = tmp_path / "words.jsonl"
+    for text in ("not a row", "[]", '{"op": "slerp"}'):
+        words.write_text(text)
+        assert f"{words} is not a file of rows" in refused(capsys, "compare", words, words)
+    if not torch.cuda.is_available():
+        assert "torch sees no CUDA device" in refused(capsys, "run", "--device", "cuda")
+
+
+@pytest.mark.parametrize(("factor", "options", "status"), [(1.0, [], 0), (3.0, [], 1), (3.0, ["--slower-than", 4], 0)])
+def test_compare_ends_by_what_got_slower(factor, options, status, measured: Path, tmp_path: Path, capsys) -> None:
+    (row,) = rows.load(measured)
+    files = []
+    for name, p50 in (("a", 100.0), ("b", 100.0 * factor)):
+        files.append(tmp_path / f"{name}.jsonl")
+        rows.save([dataclasses.replace(row, device_us=[0.99 * p50, p50, 1.01 * p50], host_us=None)], files[-1])
+    found, out, _ = run(capsys, "compare", *files, *options)
+    assert found == status
+    assert ("slower" in out.splitlines()[1]) is (status == 1)
+    assert f"{factor:.2f}" in out and "1 times of 1 rows" in out
+
+
+def test_compare_names_rows_of_one_file_only(measured: Path, tmp_path: Path, capsys) -> None:
+    (row,) = rows.load(measured)
+    rows.save([row, dataclasses.replace(row, op="gone")], tmp_path / "a.jsonl")
+    status, out, _ = run(capsys, "compare", tmp_path / "a.jsonl", measured)
+    assert status == 0 and "only in the first file: gone" in out
+    other = tmp_path / "other.jsonl"
+    rows.save([dataclasses.replace(row, op="another")], other)
+    assert "no case and backend in common" in refused(capsys, "compare", measured, other)
+
+
+def test_plot_writes_both_pictures(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    status, out, _ = run(capsys, "plot", "--out", tmp_path / "pictures")  # of the rows that come with latentfast
+    assert status == 0 and "speedups.png" in out
+    for name in ("roofline.png", "speedups.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_is_one_line(capsys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = refused(capsys, "plot", "--out", tmp_path)
+    assert line == "latentfast: error: the package matplotlib is not installed: pip install 'latentfast[bench]'"
+    assert not list(tmp_path.iterdir())
+
+
+def test_table_writes_and_checks_a_readme(tmp_path: Path, capsys) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nb\n")
+    assert run(capsys, "table", "--readme", readme, "--check")[0] == 1
+    assert run(capsys, "table", "--readme", readme)[0] == 0
+    assert run(capsys, "table", "--readme", readme, "--check")[0] == 0
+    assert "| `slerp` |" in readme.read_text() and readme.read_text().endswith("b\n")
+    status, out, _ = run(capsys, "table")
+    assert status == 0 and "temporal_loss_and_grad" in out
+
+
+@pytest.mark.slow
+def test_share_of_step(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    status, out, _ = run(capsys, "share-of-step", "--device", "cpu", "--quick", "--out", tmp_path / "share.json")
+    assert status == 0 and "two calls of the transformer" in out
+    written = json.loads((tmp_path / "share.json").read_text())
+    for step in written["steps"]:
+        calls, *arithmetic = step["parts"]
+        assert {"diffusers: CFG, UniPC step"} < {part["name"] for part in arithmetic}
+        for part in arithmetic:
+            us = part["us"][1]
+            assert part["share"] == pytest.approx(us / (us + calls["us"][1]))
