@@ -148,3 +148,30 @@ def _window(sizes: Sequence[int], k: int, overlap: int, like: Tensor) -> tuple[i
     )
     middle = like.new_ones(sizes[k] - len(up) - len(down), dtype=torch.float32)
     return sum(sizes[:k]) - sum(extents[: k + 1]), torch.cat((up, middle, 1 - down))
+
+
+def adain(z: Tensor, ref: Tensor) -> Tensor:
+    """AdaIN of all channels at once: a deviation of 0 gives NaN."""
+    dims = (2, 3, 4)
+    std, mean = torch.std_mean(z.float(), dims, keepdim=True)
+    ref_std, ref_mean = torch.std_mean(ref.float(), dims, keepdim=True)
+    return ((z.float() - mean) / std * ref_std + ref_mean).to(z.dtype)
+
+
+def standardize_to_tokens(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The VAE's affine, then one token a position."""
+    view = (1, -1, 1, 1, 1)
+    return ((z - mean.view(view)) / std.view(view)).to(z.dtype).flatten(2).transpose(1, 2).contiguous()
+
+
+def tone_map(z: Tensor, compression: float) -> Tensor:
+    """Sigmoid compression, each step in the latents' own dtype."""
+    s = 0.75 * compression
+    return z * (1 - 0.8 * s * torch.sigmoid(4 * s * (z.abs() - 1)))
+
+
+def frequency_mix(low: Tensor, high: Tensor, response: Tensor) -> Tensor:
+    """Complex transforms of both clips, with a filter that lies ready."""
+    dims = (-3, -2, -1)
+    x, y = torch.fft.fftn(low.float(), dim=dims), torch.fft.fftn(high.float(), dim=dims)
+    return torch.fft.ifftn(x * response + y * (1 - response), dim=dims).real.to(low.dtype)

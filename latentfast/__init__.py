@@ -2,6 +2,7 @@
 
 from latentfast.backends import Backend, backends, use_backend
 from latentfast.ops.edit import blend, edit
+from latentfast.ops.frequency import frequency_mix
 from latentfast.ops.interpolate import (
     interpolate_keys,
     lerp,
@@ -12,6 +13,7 @@ from latentfast.ops.interpolate import (
     slerp_path,
     spherical_mean,
 )
+from latentfast.ops.stats import adain, channel_stats, standardize, tone_map, unstandardize
 from latentfast.ops.temporal import temporal_loss, temporal_loss_and_grad, warp_loss
 from latentfast.ops.tiles import stitch
 
@@ -19,9 +21,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "adain",
     "backends",
     "blend",
+    "channel_stats",
     "edit",
+    "frequency_mix",
     "interpolate_keys",
     "lerp",
     "lerp_path",
@@ -30,9 +35,12 @@ __all__ = [
     "slerp",
     "slerp_path",
     "spherical_mean",
+    "standardize",
     "stitch",
     "temporal_loss",
     "temporal_loss_and_grad",
+    "tone_map",
+    "unstandardize",
     "use_backend",
     "warp_loss",
 ]

@@ -69,6 +69,21 @@ TABLE: dict[str, dict[str, str]] = {
         # 1 overlap_add. `clamp`: (), or (least, largest). `out` (B, C, T, H, W), of the tiles' whole extent or less.
         "stitch": "(Tensor[] tiles, int[] grid, int[] overlap, int kind, float[] clamp, Tensor(a!) out) -> ()",
     },
+    "stats": {
+        # z (p, n, q, m) as above -> mean, std: p·q each, both float32 or float64; std unbiased, 0 for one element.
+        "channel_stats": f"(Tensor z, {_SIZES}, Tensor(a!) mean, Tensor(b!) std) -> ()",
+        # `ref` is (ref_p, ref_n, q, ref_m) with ref_p = p or 1.
+        "adain": f"(Tensor z, Tensor ref, float factor, {_SIZES}, {_SIZE} ref_p, {_SIZE} ref_n, {_SIZE} ref_m, "
+        "Tensor(a!) out) -> ()",
+        # (z − mean)·scale/std, or z·std/scale + mean if `inverse`, for each of c channels of latents (b, c, t, h, w).
+        # mean and std are tensors (c,) or `host_mean` and `host_std`; no mean at all is 0. `layout`: 0 as they lie;
+        # 1 out is, 2 z is packed to tokens (b, t/pt · h/ph · w/pw, c·pt·ph·pw).
+        "standardize": "(Tensor z, Tensor? mean, Tensor? std, float[] host_mean, float[] host_std, float scale, "
+        f"bool inverse, int layout, {_SIZE} b, {_SIZE} c, {_SIZE} t, {_SIZE} h, {_SIZE} w, int pt, int ph, int pw, "
+        "Tensor(a!) out) -> ()",
+        # LTX's tone map of z, or, if `grad` is given, grad times its slope.
+        "tone_map": "(Tensor z, Tensor? grad, float compression, Tensor(a!) out) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.
@@ -77,6 +92,7 @@ STEMS: dict[str, str] = {name: stem for stem, operators in TABLE.items() for nam
 MODES = {"lerp": 0, "nlerp": 1, "slerp": 2}
 SEAMS = {"sequential": 0, "overlap_add": 1}
 NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
+LAYOUTS = {"same": 0, "pack": 1, "unpack": 2}
 
 
 def _nothing_to_infer(*args, **kwargs) -> None:

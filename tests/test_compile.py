@@ -225,6 +225,20 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
         sizes = ((4, 5), (4, 3), (2, 5), (2, 3))
         tiles = [draw.normal(b, 3, 2, *size) for size in sizes]
         return [(tiles, [1, 2, 2], [0, 2, 1], kind, [-0.5, 0.5], new(b, 3, 2, 4, 7)) for kind in (0, 1)]
+    if name == "channel_stats":
+        return [(x, *rows, new(b, 4, dtype=dtype), new(b, 4, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    if name == "adain":
+        return [(x, draw.normal(p, 2, 4, 3), 0.7, *rows, p, 2, 3, new(*shape)) for p in {b, 1}]
+    if name == "standardize":
+        mean, std = draw.normal(3), draw.uniform(3, low=0.5)
+        sizes = (b, 3, 1, 4, 5, 1, 2, 1)
+        return [
+            (x, mean, std, [], [], 0.5, False, 0, *sizes, new(*shape)),
+            (x, None, None, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 0.5, False, 1, *sizes, new(b, 10, 6)),
+            (draw.normal(b, 10, 6), None, std, [], [], 0.5, True, 2, *sizes, new(*shape)),
+        ]
+    if name == "tone_map":
+        return [(x, None, 0.5, new(*shape)), (x, y, 0.5, new(*shape))]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]

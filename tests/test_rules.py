@@ -51,6 +51,8 @@ def _result_and_gradients(operation: Operation, inputs: dict) -> list[torch.Tens
 def _skip_where_torch_sums(operation: Operation, target: Target) -> None:
     if target.backend == "eager" and (target.device == "cuda" or "dim" in operation.options):
         pytest.skip("the order of torch's own sums depends on the batch here (docs/numerics.md, 1)")
+    if target.backend == "eager" and operation.function == "tone_map":
+        pytest.skip("torch's sigmoid rounds the last few elements of a tensor otherwise than those in full registers")
 
 
 # --- Rule 1: the same bits on every run, whatever else is in the batch, however many threads -------------------------

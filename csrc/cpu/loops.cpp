@@ -4,7 +4,9 @@
 #include <cstring>
 
 #include "cpu/loops_arc.h"
+#include "cpu/loops_lanes.h"
 #include "cpu/loops_rows.h"
+#include "cpu/loops_stats.h"
 #ifndef LATENTFAST_ISA
 #error "compile with -DLATENTFAST_ISA=<name>"
 #endif
@@ -12,38 +14,7 @@
 namespace latentfast {
 namespace {
 
-// ---- reductions: explicit registers, so that the lanes are the same whatever their width ----
-
-constexpr int kWidth = kBytes / sizeof(double);
-constexpr int kRegisters = kLanes / kWidth;
-typedef double Doubles __attribute__((vector_size(kBytes)));
-typedef float Floats __attribute__((vector_size(kBytes / 2)));
-
-inline Doubles load_doubles(const double* x) {
-  Doubles out;
-  std::memcpy(&out, x, sizeof out);
-  return out;
-}
-
-inline Doubles load_doubles(const float* x) {
-  // gcc 12 makes a detour of __builtin_convertvector where one instruction does it
-#if defined(__AVX512F__)
-  return _mm512_cvtps_pd(_mm256_loadu_ps(x));
-#elif defined(__AVX__)
-  return _mm256_cvtps_pd(_mm_loadu_ps(x));
-#else
-  Floats narrow;
-  std::memcpy(&narrow, x, sizeof narrow);
-  return __builtin_convertvector(narrow, Doubles);
-#endif
-}
-
-struct Lanes {
-  Doubles part[kRegisters];
-
-  explicit Lanes(const double* from) { std::memcpy(part, from, sizeof part); }
-  void store(double* to) const { std::memcpy(to, part, sizeof part); }
-};
+// ---- reductions ----
 
 template <typename C>
 void sums(const C* a, const C* b, int n, double* aa, double* bb, double* ab) {
@@ -341,6 +312,11 @@ constexpr LoopsOf<C> loops_for() {
   out.first_step[1][1] = first_step<Norm::l1, true, C>;
   out.first_step[2][0] = first_step<Norm::charbonnier, false, C>;
   out.first_step[2][1] = first_step<Norm::charbonnier, true, C>;
+  out.shifted_sums = shifted_sums<C>;
+  out.shifted_sums_columns = shifted_sums_columns<C>;
+  out.affine = affine<C>;
+  out.affine_columns = affine_columns<C>;
+  out.tone_map = tone_map<C>;
   return out;
 }
 

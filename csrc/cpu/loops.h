@@ -79,6 +79,15 @@ struct LoopsOf {
   void (*first_step[3][2])(const FirstStep<C>& step, int n, C eps, C scale);
   void (*subtract)(const C* x, const C* y, int n, C* out);
   void (*multiply)(const C* x, const C* y, int n, C* out);
+
+  // Statistics: Σ(x − shift) and Σ(x − shift)², added to lanes or columns as the reductions above.
+  void (*shifted_sums)(const C* x, int n, C shift, double* sum, double* squares);
+  void (*shifted_sums_columns)(const C* x, const C* shift, int n, double* sum, double* squares);
+  // (x − centre)·gain + offset; in the column form every element has its own.
+  void (*affine)(const C* x, int n, C centre, C gain, C offset, C* out);
+  void (*affine_columns)(const C* x, int n, const C* centre, const C* gain, const C* offset, C* out);
+  // x·(1 − 0.8·s·gate) with gate = sigmoid(4·s·(|x| − 1)); or, if `grad` is not null, grad times its slope.
+  void (*tone_map)(const C* x, const C* grad, int n, C s, C* out);
 };
 
 struct Loops {

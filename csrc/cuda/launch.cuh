@@ -217,6 +217,20 @@ __device__ __forceinline__ uint4 pack(const Wide<T> (&x)[kPack<T>]) {
   }
 }
 
+// The same number. The compiler does not know that, and keeps no running copies of what is linear in it:
+// there are no registers for them.
+template <typename I>
+__device__ __forceinline__ I computed_anew(I x) {
+  if constexpr (std::is_same_v<I, uint4>) {
+    asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
+  } else if constexpr (sizeof(I) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+  return x;
+}
+
 // 16 bytes that are read once: they need not push anything out of L1.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;

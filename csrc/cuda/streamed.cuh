@@ -212,20 +212,6 @@ __device__ __forceinline__ Piece stream_piece(const Vectors& vectors, int index)
   }
 }
 
-// The same number. The compiler does not know that, and keeps no running copies of what is linear in it:
-// there are no registers for them.
-template <typename I>
-__device__ __forceinline__ I computed_anew(I x) {
-  if constexpr (std::is_same_v<I, uint4>) {
-    asm volatile("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w));
-  } else if constexpr (sizeof(I) == 8) {
-    asm volatile("" : "+l"(x));
-  } else {
-    asm volatile("" : "+r"(x));
-  }
-  return x;
-}
-
 // Of one warp's slots: barriers that say that a slot's copies have landed, what L2 does with what they read,
 // and whether it is asked to read ahead of them.
 template <int kSlots>

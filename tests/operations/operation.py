@@ -41,17 +41,22 @@ class Operation:
     latent_names: tuple[str, ...] | None = None
     #: Halves are computed in float32 and rounded once; else the stem's own tests say what their bits are.
     rounds_once: bool = True
+    #: Of several results, the one that is looked at.
+    part: int | None = None
 
     @property
     def call(self) -> Callable[..., Tensor]:
         """The public operation; takes the inputs by name."""
-        return partial(getattr(latentfast, self.function), **self.options)
+        return self._one(partial(getattr(latentfast, self.function), **self.options))
 
     @property
     def spec(self) -> Callable[..., Tensor]:
         """The same of the reference."""
         stem = next(stem for stem in _STEMS if hasattr(stem, self.function))
-        return partial(getattr(stem, self.function), **self.options)
+        return self._one(partial(getattr(stem, self.function), **self.options))
+
+    def _one(self, function: Callable) -> Callable[..., Tensor]:
+        return function if self.part is None else lambda **inputs: function(**inputs)[self.part]
 
     @property
     def gradient_spec(self) -> Callable[..., Tensor]:

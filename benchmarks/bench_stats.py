@@ -1,0 +1,151 @@
+"""Statistics: what of them is measured, at which sizes."""
+
+import functools
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import latentfast
+from latentfast.benchmarks import peers
+from latentfast.benchmarks.operation import SIZES, Baseline, Call, Case, Operation
+from latentfast.reference import stats as reference
+
+ALL_SIZES = {
+    **SIZES,
+    "ltx": (128, 16, 15, 22),  # LTX-Video, 121 frames of 704x480
+    "animatediff": (4, 16, 64, 64),  # AnimateDiff, 16 frames of 512x512: what FreeInit was made for
+}
+COMPRESSION = 0.6
+TOKEN = (1, 1, 1)
+
+
+def _upsampler(name: str) -> Call:
+    """A method of diffusers' LTXLatentUpsamplePipeline; it asks nothing of its pipeline."""
+
+    def call(*args):
+        from diffusers.pipelines.ltx.pipeline_ltx_latent_upsample import LTXLatentUpsamplePipeline
+
+        return getattr(LTXLatentUpsamplePipeline, name)(SimpleNamespace(), *args)
+
+    return call
+
+
+def _ltx_pack(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
+
+    return LTXPipeline._pack_latents(LTXPipeline._normalize_latents(z, mean, std))
+
+
+def _free_init(low: Tensor, high: Tensor) -> Tensor:
+    """As FreeInit does at each of its iterations, the filter included."""
+    from diffusers.pipelines.free_init_utils import FreeInitMixin
+
+    mixin = FreeInitMixin()
+    shape = (1, *low.shape[1:])
+    response = mixin._get_free_init_freq_filter(shape, low.device, "butterworth", 4, 0.25, 0.25)
+    return mixin._apply_freq_filter(low.float(), high.float(), response).to(low.dtype)
+
+
+def _clip(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.randn(shape, device=device, dtype=dtype),)
+
+
+def _pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    z = torch.randn(shape, device=device, dtype=dtype)
+    return z, torch.randn_like(z) * 2 + 1
+
+
+def _with_channels(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    mean, std = torch.randn(shape[1], device=device), torch.rand(shape[1], device=device) + 0.5
+    return *_clip(shape, dtype, device), mean, std
+
+
+@functools.cache
+def _response(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.fft.ifftshift(reference.low_pass(size, 0.25, 4, 0.25, "butterworth", dtype, device))
+
+
+def _field_mix(low: Tensor, high: Tensor) -> Tensor:
+    return peers.frequency_mix(low, high, _response(tuple(low.shape[-3:]), torch.float32, low.device))
+
+
+CHANNEL_STATS = Operation(
+    stem="stats",
+    name="channel_stats",
+    variant="",
+    inputs=_clip,
+    batch_dims=(0,),
+    outputs=(0, 0),
+    ours=latentfast.channel_stats,
+    reference=Baseline(reference.channel_stats, "latentfast.reference"),
+    field=Baseline(lambda z: torch.std_mean(z.float(), (2, 3, 4))[::-1], "torch.std_mean"),
+    sizes=ALL_SIZES,
+)
+ADAIN = Operation(
+    stem="stats",
+    name="adain",
+    variant="",
+    inputs=_pair,
+    batch_dims=(0, 0),
+    outputs=(0,),
+    ours=latentfast.adain,
+    reference=Baseline(reference.adain, "latentfast.reference"),
+    field=Baseline(peers.adain, "torch.std_mean of both"),
+    peer=Baseline(_upsampler("adain_filter_latent"), "diffusers adain_filter_latent"),
+    sizes=ALL_SIZES,
+)
+STANDARDIZE = Operation(
+    stem="stats",
+    name="standardize",
+    variant="to tokens",
+    inputs=_with_channels,
+    batch_dims=(0, None, None),
+    outputs=(0,),
+    ours=lambda z, mean, std: latentfast.standardize(z, mean, std, patch=TOKEN),
+    reference=Baseline(lambda z, mean, std: reference.standardize(z, mean, std, patch=TOKEN), "latentfast.reference"),
+    field=Baseline(peers.standardize_to_tokens, "(z-mean)/std, flatten, transpose"),
+    peer=Baseline(_ltx_pack, "diffusers LTX _normalize_latents, _pack_latents"),
+    sizes=ALL_SIZES,
+)
+TONE_MAP = Operation(
+    stem="stats",
+    name="tone_map",
+    variant="",
+    inputs=_clip,
+    batch_dims=(0,),
+    outputs=(0,),
+    ours=lambda z: latentfast.tone_map(z, COMPRESSION),
+    reference=Baseline(lambda z: reference.tone_map(z, COMPRESSION), "latentfast.reference"),
+    field=Baseline(lambda z: peers.tone_map(z, COMPRESSION), "z * (1 - 0.8*s*sigmoid(...))"),
+    peer=Baseline(lambda z: _upsampler("tone_map_latents")(z, COMPRESSION), "diffusers tone_map_latents"),
+    sizes=ALL_SIZES,
+)
+FREQUENCY_MIX = Operation(
+    stem="stats",
+    name="frequency_mix",
+    variant="",
+    inputs=_pair,
+    batch_dims=(0, 0),
+    outputs=(0,),
+    ours=latentfast.frequency_mix,
+    reference=Baseline(reference.frequency_mix, "latentfast.reference"),
+    field=Baseline(_field_mix, "fftn of both, filter ready"),
+    peer=Baseline(_free_init, "diffusers FreeInit with its filter"),
+    sizes=ALL_SIZES,
+)
+
+CASES = [
+    *(
+        Case(operation, "ltx", batch)
+        for operation in (ADAIN, CHANNEL_STATS, STANDARDIZE, TONE_MAP)
+        for batch in (32, 64)
+    ),
+    *(Case(operation, "ltx", 1) for operation in (ADAIN, STANDARDIZE)),
+    Case(ADAIN, "wan720", 32),
+    Case(FREQUENCY_MIX, "animatediff", 2, torch.float32),
+]
+CPU_CASES = [
+    *(Case(operation, "wan480", 1, torch.float32) for operation in (ADAIN, CHANNEL_STATS, STANDARDIZE, TONE_MAP)),
+    Case(FREQUENCY_MIX, "animatediff", 2, torch.float32),
+]

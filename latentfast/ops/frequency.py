@@ -1,0 +1,111 @@
+"""Frequencies of clips: `frequency_mix`."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from latentfast.ops import _checks
+from latentfast.ops.stats import number, wide_of
+from latentfast.reference.stats import low_pass
+
+KINDS = ("butterworth", "gaussian", "ideal")
+
+
+def _half_spectrum(
+    size: tuple[int, ...], cutoff: float, order: float, temporal: float, kind: str, dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """The filter at the frequencies that `rfftn` keeps.
+
+    FreeInit's filter is not symmetric where a size is odd. Of two real clips the mix is real by the filter's even part,
+    which is what taking the real part of the complex transform's result comes to.
+    """
+    with torch.inference_mode(False):
+        dims = (-3, -2, -1)
+        response = torch.fft.ifftshift(low_pass(size, cutoff, order, temporal, kind, torch.float64, device), dim=dims)
+        opposite = response.flip(dims).roll((1, 1, 1), dims)
+        return ((response + opposite) / 2)[..., : size[-1] // 2 + 1].to(dtype).contiguous()
+
+
+_kept_half_spectrum = functools.lru_cache(maxsize=32)(_half_spectrum)
+
+
+def _filtered(x: Tensor, response: Tensor) -> Tensor:
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=(-3, -2, -1)).mul_(response), s=x.shape[-3:], dim=(-3, -2, -1))
+
+
+class _FrequencyMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, low, high, response):
+        ctx.response = response
+        wide = wide_of(low.dtype)
+        base = high.to(wide)
+        # linear: one transform of the difference in place of one of each
+        return _filtered(low.to(wide) - base, response).add_(base).to(low.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wide = grad.to(wide_of(grad.dtype))
+        passed = _filtered(wide, ctx.response)  # real and even: its own adjoint
+        grad_high = (wide - passed).to(grad.dtype) if ctx.needs_input_grad[1] else None
+        return passed.to(grad.dtype) if ctx.needs_input_grad[0] else None, grad_high, None
+
+
+def frequency_mix(
+    low: Tensor,
+    high: Tensor,
+    cutoff: float = 0.25,
+    order: float = 4,
+    *,
+    temporal_cutoff: float | None = None,
+    kind: str = "butterworth",
+) -> Tensor:
+    """The low frequencies of one clip with the high ones of another, over frames, rows and columns: FreeInit's noise
+    reinitialisation (Wu et al., 2023, section 4.2).
+
+    The filter comes in closed form and is kept for each size; the transforms are torch's (cuFFT, MKL), two real ones
+    in all.
+
+    Args:
+        low: Latents `(B, C, T, H, W)`, float32, float16, bfloat16 or float64: the noised clip in FreeInit.
+        high: Latents like `low`: fresh noise in FreeInit.
+        cutoff: The spatial stop frequency d_s in [0, 1], 1 being the highest frequency; 0 lets nothing of `low` pass.
+        order: The steepness of the Butterworth filter.
+        temporal_cutoff: The temporal stop frequency d_t; None: `cutoff`.
+        kind: "butterworth", "gaussian" or "ideal", as in diffusers.
+
+    Returns:
+        A new contiguous tensor like `low`; computed in float32 (float64 for float64). The same bits on every run of
+        one shape; whether a sample's bits depend on its batch is up to the library of Fourier transforms.
+
+    Raises:
+        TypeError: an argument is no tensor, or of an unknown or different dtype.
+        ValueError: shapes or devices do not fit, a cutoff lies outside of [0, 1], the kind is unknown.
+
+    Differentiable in `low` and `high`, once.
+
+    Example:
+        >>> import torch, latentfast
+        >>> low, high = torch.ones(1, 1, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+        >>> latentfast.frequency_mix(low, high, 0.5).mean().item()  # the mean is the lowest frequency of all
+        1.0
+    """
+    _checks.latent("low", low)
+    _checks.like("high", high, "low", low)
+    if low.ndim != 5:
+        raise ValueError(f"low must have 5 dimensions (B, C, T, H, W), got shape {tuple(low.shape)}")
+    cutoff = number("cutoff", cutoff, 0.0, 1.0)
+    temporal = cutoff if temporal_cutoff is None else number("temporal_cutoff", temporal_cutoff, 0.0, 1.0)
+    order = number("order", order)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be butterworth, gaussian or ideal, got {kind!r}")
+    if not low.numel():
+        return torch.empty_like(low, memory_format=torch.contiguous_format)
+    # A tensor made while a graph is traced or captured belongs to that graph.
+    traced = torch.compiler.is_compiling() or (low.is_cuda and torch.cuda.is_current_stream_capturing())
+    build = _half_spectrum if traced else _kept_half_spectrum
+    response = build(tuple(low.shape[-3:]), cutoff, order, temporal, kind, wide_of(low.dtype), low.device)
+    return _FrequencyMix.apply(low, high, response)
