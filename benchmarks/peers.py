@@ -175,3 +175,13 @@ def frequency_mix(low: Tensor, high: Tensor, response: Tensor) -> Tensor:
     dims = (-3, -2, -1)
     x, y = torch.fft.fftn(low.float(), dim=dims), torch.fft.fftn(high.float(), dim=dims)
     return torch.fft.ifftn(x * response + y * (1 - response), dim=dims).real.to(low.dtype)
+
+
+def latent_to_rgb(z: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """A preview as user interfaces make it: the channels mixed, every frame enlarged by `F.interpolate`, to bytes."""
+    rgb = torch.einsum("bcthw,ck->btkhw", z.float(), weight) + bias.view(3, 1, 1)
+    frames = rgb.flatten(0, 1)
+    if size is not None:
+        frames = F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
+    pixels = (frames + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).unflatten(0, rgb.shape[:2]).contiguous()

@@ -13,6 +13,7 @@ from latentfast.ops.interpolate import (
     slerp_path,
     spherical_mean,
 )
+from latentfast.ops.preview import FitError, RGBFit, fit_rgb, latent_to_rgb
 from latentfast.ops.stats import adain, channel_stats, standardize, tone_map, unstandardize
 from latentfast.ops.temporal import temporal_loss, temporal_loss_and_grad, warp_loss
 from latentfast.ops.tiles import stitch
@@ -21,13 +22,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "FitError",
+    "RGBFit",
     "adain",
     "backends",
     "blend",
     "channel_stats",
     "edit",
+    "fit_rgb",
     "frequency_mix",
     "interpolate_keys",
+    "latent_to_rgb",
     "lerp",
     "lerp_path",
     "nlerp",

@@ -84,6 +84,12 @@ TABLE: dict[str, dict[str, str]] = {
         # LTX's tone map of z, or, if `grad` is given, grad times its slope.
         "tone_map": "(Tensor z, Tensor? grad, float compression, Tensor(a!) out) -> ()",
     },
+    "preview": {
+        # z (B, C, T, H, W), H and W not 0 unless `out` is empty; weight (C, 3) and bias (3,), float32, beside float64
+        # latents float64; out (B, T, H', W', 3): the enlarged RGB x in weight's dtype, or round((x + 1)·127.5) as
+        # uint8.
+        "latent_to_rgb": "(Tensor z, Tensor weight, Tensor bias, Tensor(a!) out) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.

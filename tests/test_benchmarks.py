@@ -99,6 +99,23 @@ def test_a_wrong_result_is_called_wrong(spoil):
     assert not accuracy.check(case.operation, wrong, inputs).correct
 
 
+@pytest.mark.parametrize("spoil", ["two steps", "many by one"])
+def test_wrong_bytes_are_called_wrong(spoil):
+    case = next(c for c in TINY if c.id.startswith("latent_to_rgb[8x]-tiny"))
+    torch.manual_seed(3)
+    inputs = case.draw(CPU)
+
+    def wrong(*args):
+        out = case.operation.ours(*args)
+        if spoil == "two steps":
+            inner = ((out > 10) & (out < 240)).nonzero()[0]
+            out[tuple(inner)] += 2
+            return out
+        return torch.where(torch.arange(out.numel()).view(out.shape) % 20 == 0, out ^ 1, out)
+
+    assert not accuracy.check(case.operation, wrong, inputs).correct
+
+
 def test_moved_bytes_count_each_input_and_output_once():
     a, mask = torch.zeros(2, 3, 4), torch.zeros(2, 1, 4, dtype=torch.bfloat16)
     assert moved_bytes((a, mask), (torch.zeros(()), a.clone())) == 96 + 16 + 4 + 96

@@ -239,6 +239,12 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
         ]
     if name == "tone_map":
         return [(x, None, 0.5, new(*shape)), (x, y, 0.5, new(*shape))]
+    if name == "latent_to_rgb":
+        z, weight, bias = draw.normal(b, 3, 2, 4, 5), draw.uniform(3, 3), draw.uniform(3)
+        return [
+            (z, weight, bias, new(b, 2, 4, 5, 3)),
+            (z, weight, bias, new(b, 2, 12, 17, 3, dtype=torch.uint8)),
+        ]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]

@@ -29,10 +29,10 @@ def test_gradients_of_the_reference(operation: Operation) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
 def test_the_reference_imports_and_returns_plain_results(operation: Operation) -> None:
-    """Contiguous or not, but new, and of the inputs' dtype (a loss: float32 at least)."""
+    """Contiguous or not, but new, and of the inputs' dtype (a loss, a preview: float32 at least)."""
     inputs = operation.inputs(Draw(torch.bfloat16), (2, 3, 4, 5, 6))
     out = operation.spec(**inputs)
-    assert out.dtype == (torch.float32 if operation.function.endswith("loss") else torch.bfloat16)
+    assert out.dtype == (torch.float32 if operation.function.endswith(("loss", "rgb")) else torch.bfloat16)
     assert all(out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in inputs.values())
 
 

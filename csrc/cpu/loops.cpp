@@ -5,6 +5,7 @@
 
 #include "cpu/loops_arc.h"
 #include "cpu/loops_lanes.h"
+#include "cpu/loops_preview.h"
 #include "cpu/loops_rows.h"
 #include "cpu/loops_stats.h"
 #ifndef LATENTFAST_ISA
@@ -317,6 +318,9 @@ constexpr LoopsOf<C> loops_for() {
   out.affine = affine<C>;
   out.affine_columns = affine_columns<C>;
   out.tone_map = tone_map<C>;
+  out.add_to_rgb = add_to_rgb<C>;
+  out.between = between<C>;
+  out.between_as_bytes = between_as_bytes<C>;
   return out;
 }
 

@@ -88,6 +88,11 @@ struct LoopsOf {
   void (*affine_columns)(const C* x, int n, const C* centre, const C* gain, const C* offset, C* out);
   // x·(1 − 0.8·s·gate) with gate = sigmoid(4·s·(|x| − 1)); or, if `grad` is not null, grad times its slope.
   void (*tone_map)(const C* x, const C* grad, int n, C s, C* out);
+  // Previews. Three sums, red, green and blue, each add their weight times x.
+  void (*add_to_rgb)(const C* x, int n, const C* weight, C* red, C* green, C* blue);
+  // a + f·(b − a), as it is, or as bytes: rounded, ties to even, clamped, 0 for NaN.
+  void (*between)(const C* a, const C* b, int n, C f, C* out);
+  void (*between_as_bytes)(const C* a, const C* b, int n, C f, uint8_t* out);
 };
 
 struct Loops {

@@ -7,13 +7,14 @@ from tests.helpers import Target
 from tests.operations.edit import EDITS
 from tests.operations.interpolate import INTERPOLATIONS
 from tests.operations.operation import Operation, Shape
+from tests.operations.preview import PREVIEWS
 from tests.operations.stats import STATISTICS
 from tests.operations.temporal import LOSSES
 from tests.operations.tiles import STITCHES
 
 __all__ = ["BY_NAME", "LIGHT", "LOSSES", "OPERATIONS", "PER_SAMPLE", "Operation", "Shape", "large", "small"]
 
-OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES, *STITCHES, *STATISTICS]
+OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES, *STITCHES, *STATISTICS, *PREVIEWS]
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 #: Those whose samples are independent of each other.
 PER_SAMPLE = [operation for operation in OPERATIONS if operation.result_samples is not None]

@@ -1,0 +1,95 @@
+// What the kernels of previews share: where the latents lie, the map to RGB, bytes on their way out. See
+// preview.cu.
+#pragma once
+
+#include "columns.cuh"
+
+namespace latentfast::cuda {
+
+template <typename T>
+struct Source {
+  const T* z;
+  const Wide<T>* weight;  // (channels, 3)
+  const Wide<T>* bias;
+  int64_t plane, channel_stride;
+  uint32_t frames;  // of one sample
+  int channels, height, width;
+
+  __device__ const T* frame(uint32_t index) const {
+    const uint32_t sample = index / frames;
+    return z + sample * channels * channel_stride + (index - sample * frames) * plane;
+  }
+};
+
+// x = bias + Σ_c weight[c]·z[c] at V neighbouring positions.
+template <typename T, int V>
+__device__ __forceinline__ void map_to_rgb(const Source<T>& s, const T* z, Wide<T> (&rgb)[3][V]) {
+  using C = Wide<T>;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const C b = __ldg(s.bias + k);
+#pragma unroll
+    for (int v = 0; v < V; ++v) rgb[k][v] = b;
+  }
+  const C* w = s.weight;
+#pragma unroll 8
+  for (int c = 0; c < s.channels; ++c, z += s.channel_stride, w += 3) {
+    Raw<T, V> raw;
+    load_raw<false>(raw, z);
+    C x[V];
+    widen_raw(raw, x);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const C factor = __ldg(w + k);
+#pragma unroll
+      for (int v = 0; v < V; ++v) rgb[k][v] = fma(factor, x[v], rgb[k][v]);
+    }
+  }
+}
+
+// Bytes are made from (x + 1)/2, whose range is that of a saturating instruction.
+template <typename R, typename C>
+__device__ __forceinline__ C scaled(C x) {
+  return std::is_same_v<R, uint8_t> ? fma(x, C(0.5), C(0.5)) : x;
+}
+
+__device__ __forceinline__ float saturated(float x) { return __saturatef(x); }
+__device__ __forceinline__ double saturated(double x) { return fmin(fmax(x, 0.0), 1.0); }
+
+// From [0, 1] to a byte in the lowest bits, rounded to nearest, ties to even; the other bits are not 0.
+__device__ __forceinline__ uint32_t byte_of(float x) { return __float_as_uint(fmaf(x, 255.0f, 8388608.0f)); }
+__device__ __forceinline__ uint32_t byte_of(double x) {
+  return static_cast<uint32_t>(__double2loint(fma(x, 255.0, 4503599627370496.0)));
+}
+
+__device__ __forceinline__ uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// V values on their way out; `to` is aligned to them.
+template <typename R, int V, typename C>
+__device__ __forceinline__ void store_values(R* to, const C (&x)[V]) {
+  if constexpr (std::is_same_v<R, uint8_t>) {
+    if constexpr (V == 1) {
+      *to = static_cast<uint8_t>(byte_of(saturated(x[0])));
+    } else {
+      static_assert(V % 4 == 0);
+#pragma unroll
+      for (int v = 0; v < V; v += 4) {
+        *reinterpret_cast<uint32_t*>(to + v) =
+            pack_bytes(byte_of(saturated(x[v])), byte_of(saturated(x[v + 1])), byte_of(saturated(x[v + 2])),
+                       byte_of(saturated(x[v + 3])));
+      }
+    }
+  } else if constexpr (V % 4 == 0 && sizeof(R) == 4) {
+#pragma unroll
+    for (int v = 0; v < V; v += 4) {
+      *reinterpret_cast<float4*>(to + v) = make_float4(x[v], x[v + 1], x[v + 2], x[v + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = x[v];
+  }
+}
+
+}  // namespace latentfast::cuda
