@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 import latentfast
+from latentfast._operators import SCHEMAS
+from latentfast.backends import _implementation_on
 from latentfast.benchmarks import accuracy
 from latentfast.benchmarks.harness import (
     MATRIX_DTYPES,
@@ -43,6 +45,11 @@ def backends_on(device: torch.device) -> list[str]:
     return [name for name in _DEVICE_BACKENDS[device.type] if name in able] or ["eager"]
 
 
+def lacks(backend: str, operation: Operation, device: torch.device) -> bool:
+    """Whether a backend leaves this operation to the next one."""
+    return operation.name in SCHEMAS and _implementation_on(backend, operation.name, device.type) is None
+
+
 def baseline_variants(operation: Operation, compile: bool) -> Iterator[Variant]:
     """Those of `BASELINES` that the operation has, in that order."""
     forms: list[tuple[Baseline | None, bool]] = [
@@ -72,6 +79,8 @@ def measure(case: Case, options: Options, environment: Environment) -> tuple[lis
     ours: list[Variant] = []
     nbytes = footprint = 0
     for name in backends_on(device):
+        if lacks(name, operation, device):
+            continue
         variant = Variant(name, operation.ours, lambda name=name: latentfast.use_backend(name))  # type: ignore[misc]
         try:
             with variant.within():

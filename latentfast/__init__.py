@@ -13,6 +13,7 @@ from latentfast.ops.interpolate import (
     slerp_path,
     spherical_mean,
 )
+from latentfast.ops.mask import difference_mask, flow_edit_step, heatmap_to_mask, token_heatmap
 from latentfast.ops.preview import FitError, RGBFit, fit_rgb, latent_to_rgb
 from latentfast.ops.stats import adain, channel_stats, standardize, tone_map, unstandardize
 from latentfast.ops.temporal import temporal_loss, temporal_loss_and_grad, warp_loss
@@ -28,9 +29,12 @@ __all__ = [
     "backends",
     "blend",
     "channel_stats",
+    "difference_mask",
     "edit",
     "fit_rgb",
+    "flow_edit_step",
     "frequency_mix",
+    "heatmap_to_mask",
     "interpolate_keys",
     "latent_to_rgb",
     "lerp",
@@ -44,6 +48,7 @@ __all__ = [
     "stitch",
     "temporal_loss",
     "temporal_loss_and_grad",
+    "token_heatmap",
     "tone_map",
     "unstandardize",
     "use_backend",

@@ -90,6 +90,17 @@ TABLE: dict[str, dict[str, str]] = {
         # uint8.
         "latent_to_rgb": "(Tensor z, Tensor weight, Tensor bias, Tensor(a!) out) -> ()",
     },
+    "mask": {
+        # q (B, H, Nq, D) and k (B, H, Nk, D) of one dtype, or (B, Nq, H, D) and (B, Nk, H, D) where q_heads_last and
+        # k_heads_last. Either `weights` (G, Nk), float32 or float64, or groups of keys: `keys`, the lists one after
+        # another, `sizes` of them. key_mask (B or 1, Nk) bool. out (B, G, Nq), float32, or float64 beside float64.
+        "token_heatmap": "(Tensor q, Tensor k, bool q_heads_last, bool k_heads_last, Tensor? weights, int[] keys, "
+        "int[] sizes, Tensor? key_mask, float scale, Tensor(a!) out) -> ()",
+        # heat (B, G, t·h·w) -> out (B, G, T, H, W), both float32 or both float64; grid (t, h, w). NaN for a threshold
+        # or a quantile that is not wanted.
+        "heatmap_to_mask": "(Tensor heat, int[] grid, float threshold, float quantile, float softness, int dilate, "
+        "float smooth_time, Tensor(a!) out) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.

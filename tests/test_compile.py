@@ -1,6 +1,7 @@
 """torch.compile (whole graph), torch.export and opcheck."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch._dynamo.testing
 
 import latentfast
 from latentfast import _operators
-from tests.helpers import Draw, Target, fixed_upstream, gradients, same_bits
+from tests.helpers import Draw, Target, fixed_upstream, gradients, same_bits, skip_where_left_to_triton
 from tests.operations import BY_NAME, OPERATIONS, Operation
 from tests.test_backends import CHOSEN
 
@@ -245,6 +246,18 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
             (z, weight, bias, new(b, 2, 4, 5, 3)),
             (z, weight, bias, new(b, 2, 12, 17, 3, dtype=torch.uint8)),
         ]
+    if name == "token_heatmap":
+        q, k = draw.normal(b, 3, 7, 8), draw.normal(b, 5, 3, 8)
+        return [
+            (q, k, False, True, None, [0, 4, 2], [1, 2], None, 0.4, new(b, 2, 7)),
+            (q, k, False, True, draw.uniform(3, 5), [], [], draw.uniform(1, 5) < 0.6, 0.4, new(b, 3, 7)),
+        ]
+    if name == "heatmap_to_mask":
+        heat, out = draw.uniform(b, 2, 60), new(b, 2, 3, 6, 7)
+        return [
+            (heat, [3, 4, 5], math.nan, 0.8, 0.0, 1, 0.7, out),
+            (heat, [3, 4, 5], 0.5, math.nan, 0.2, 0, 0.0, out),
+        ]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]
@@ -257,6 +270,7 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
 )
 def test_opcheck(name: str, empty: bool, target: Target) -> None:
     operator = getattr(getattr(torch.ops, CHOSEN[target.backend]), name).default
+    skip_where_left_to_triton(name, target.device)
     if target.backend == "eager" and name in ("interpolate_bwd", "temporal_loss", "warp_loss"):
         pytest.skip("the eager operator asks autograd for its gradient, which a dispatch mode, as opcheck's, shuts off")
     for arguments in _samples(name, target, empty):

@@ -53,6 +53,8 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 def _forward_and_backward(operation: Operation, leaves: dict, upstream: torch.Tensor) -> list[torch.Tensor]:
     out = operation.call(**leaves)
+    if not operation.differentiable:
+        return [out]
     grads = torch.autograd.grad(out, [leaves[name] for name in operation.differentiable], upstream)
     return [out.detach(), *grads]
 

@@ -49,7 +49,8 @@ def _result_and_gradients(operation: Operation, inputs: dict) -> list[torch.Tens
 
 
 def _skip_where_torch_sums(operation: Operation, target: Target) -> None:
-    if target.backend == "eager" and (target.device == "cuda" or "dim" in operation.options):
+    orders = "dim" in operation.options or operation.function == "token_heatmap"
+    if target.backend == "eager" and (target.device == "cuda" or orders):
         pytest.skip("the order of torch's own sums depends on the batch here (docs/numerics.md, 1)")
     if target.backend == "eager" and operation.function == "tone_map":
         pytest.skip("torch's sigmoid rounds the last few elements of a tensor otherwise than those in full registers")
@@ -169,7 +170,8 @@ def test_any_layout_gives_the_same_bits(operation: Operation, layout: str, targe
     viewed = {name: LAYOUTS[layout](x) for name, x in inputs.items()}
     leaves = {name: x.requires_grad_(name in operation.differentiable) for name, x in viewed.items()}
     out = operation.call(**leaves)
-    found = torch.autograd.grad(out, [leaves[n] for n in operation.differentiable], fixed_upstream(out))
+    names = operation.differentiable
+    found = torch.autograd.grad(out, [leaves[n] for n in names], fixed_upstream(out)) if names else ()
     assert out.is_contiguous()
     assert all(map(same_bits, expected, [out, *found]))
 
@@ -205,7 +207,7 @@ def test_results_are_new_and_inputs_unchanged(operation: Operation, target: Targ
         assert out.is_contiguous()
         storage = out.untyped_storage().data_ptr()
         assert all(x.untyped_storage().data_ptr() != storage for x in inputs.values())
-        if wants_gradient:
+        if wants_gradient and operation.differentiable:
             out.sum().backward()
             # two leaves with one gradient tensor between them: accumulating into one would change the other
             grads = [leaves[name].grad.untyped_storage().data_ptr() for name in operation.differentiable]
@@ -299,7 +301,9 @@ def test_rule7_ones_and_primes(operation: Operation, shape: tuple[int, ...], tar
 # --- What cannot be differentiated says so ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", [o for o in OPERATIONS if o.function != "spherical_mean"], ids=str)
+@pytest.mark.parametrize(
+    "operation", [o for o in OPERATIONS if o.differentiable and o.function != "spherical_mean"], ids=str
+)
 def test_second_derivatives_are_refused(operation: Operation, target: Target) -> None:
     if operation.name == "interpolate_keys catmull_rom":
         pytest.skip("linear in its keys: differentiable any number of times")

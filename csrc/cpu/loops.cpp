@@ -7,6 +7,7 @@
 #include "cpu/loops_lanes.h"
 #include "cpu/loops_preview.h"
 #include "cpu/loops_rows.h"
+#include "cpu/loops_scores.h"
 #include "cpu/loops_stats.h"
 #ifndef LATENTFAST_ISA
 #error "compile with -DLATENTFAST_ISA=<name>"
@@ -295,6 +296,8 @@ constexpr LoopsOf<C> loops_for() {
   out.blend = blend<C>;
   out.subtract = subtract<C>;
   out.multiply = multiply<C>;
+  out.scores = scores<C>;
+  out.softmax_row = softmax_row<C>;
   out.first_difference[0][0] = difference<Norm::l2, false, false, C>;
   out.first_difference[0][1] = difference<Norm::l2, true, false, C>;
   out.first_difference[1][0] = difference<Norm::l1, false, false, C>;

@@ -50,6 +50,10 @@ struct FirstStep {
   int64_t z_ahead, ref_ahead, mask_ahead;
 };
 
+// Keys of one panel of attention's keys, packed with an element of all of them side by side.
+template <typename C>
+constexpr int kPanel = 256 / sizeof(C);
+
 template <typename C>
 struct LoopsOf {
   // Reductions. `lanes` are kLanes doubles each, added to; column sums are one double an element, added to.
@@ -93,6 +97,12 @@ struct LoopsOf {
   // a + f·(b − a), as it is, or as bytes: rounded, ties to even, clamped, 0 for NaN.
   void (*between)(const C* a, const C* b, int n, C f, C* out);
   void (*between_as_bytes)(const C* a, const C* b, int n, C f, uint8_t* out);
+  // Scores of `rows` queries with a panel of keys [depth][kPanel]: out[r][j] = Σ_d q[r][d]·panel[d][j], in
+  // the order of d. Strides in elements.
+  void (*scores)(const C* q, int64_t q_stride, int rows, const C* panel, int depth, C* out,
+                 int64_t out_stride);
+  // 2^(scale·(score − the largest)) in place, and their sum, of n scores, a multiple of kPanel; −∞ gives 0.
+  C (*softmax_row)(C* row, int64_t n, C scale);
 };
 
 struct Loops {

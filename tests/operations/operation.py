@@ -8,7 +8,7 @@ from torch import Tensor
 
 import latentfast
 from latentfast import reference
-from tests.helpers import LOSS_ULPS, ULPS, Draw
+from tests.helpers import HEAT_ULPS, LOSS_ULPS, ULPS, Draw
 
 Shape = Sequence[int]
 _STEMS = [getattr(reference, stem) for stem in reference.__all__]
@@ -65,7 +65,14 @@ class Operation:
 
     @property
     def ulps(self) -> dict:
+        if self.function == "token_heatmap":
+            return HEAT_ULPS
         return LOSS_ULPS if self.function.endswith("loss") else ULPS
+
+    @property
+    def widens(self) -> bool:
+        """Whether the result is float32 at least, whatever the inputs' dtype."""
+        return self.function.endswith("loss") or self.function in ("token_heatmap", "heatmap_to_mask", "latent_to_rgb")
 
     @property
     def latents(self) -> tuple[str, ...]:
