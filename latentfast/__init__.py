@@ -3,6 +3,7 @@
 from latentfast.backends import Backend, backends, use_backend
 from latentfast.ops.edit import blend, edit
 from latentfast.ops.frequency import frequency_mix
+from latentfast.ops.guidance import combine, guide, guided_step
 from latentfast.ops.interpolate import (
     interpolate_keys,
     lerp,
@@ -29,11 +30,14 @@ __all__ = [
     "backends",
     "blend",
     "channel_stats",
+    "combine",
     "difference_mask",
     "edit",
     "fit_rgb",
     "flow_edit_step",
     "frequency_mix",
+    "guide",
+    "guided_step",
     "heatmap_to_mask",
     "interpolate_keys",
     "latent_to_rgb",

@@ -88,3 +88,7 @@ blend: Callable[..., torch.Tensor | None] = getattr(_library, "blend", _absent)
 #: Losses, or the pair of losses and gradient.
 temporal_loss: Callable[..., Any] = getattr(_library, "temporal_loss", _absent)
 scaled: Callable[..., torch.Tensor | None] = getattr(_library, "scaled", _absent)
+guide: Callable[..., torch.Tensor | None] = getattr(_library, "guide", _absent)
+#: The next sample, or the pair of it and x0.
+guided_step: Callable[..., Any] = getattr(_library, "guided_step", _absent)
+combine: Callable[..., torch.Tensor | None] = getattr(_library, "combine", _absent)

@@ -101,6 +101,18 @@ TABLE: dict[str, dict[str, str]] = {
         "heatmap_to_mask": "(Tensor heat, int[] grid, float threshold, float quantile, float softness, int dilate, "
         "float smooth_time, Tensor(a!) out) -> ()",
     },
+    "guidance": {
+        # The prediction guided from `cond` and `uncond`, one sample an index of dimension 0; `kind` as in GUIDANCE.
+        # Without `sample`, `out` is the prediction p. With it `out` is sample + dt·p and `x0` sample − sigma·p, and
+        # with a mask `out` is known + mask·(that − known). `momentum` (cond's dtype or float32; kind apg alone) is
+        # replaced by cond − uncond + beta·momentum. What each number means is said in csrc/common/
+        # guidance_coefficients.h.
+        "guide": "(Tensor cond, Tensor uncond, Tensor? sample, Tensor(a!)? momentum, Tensor? mask, Tensor? known, "
+        "int kind, int original, float scale, float rescale, float eta, float norm_threshold, float beta, float alpha, "
+        "float sigma, float dt, Tensor(b!) out, Tensor(c!)? x0) -> ()",
+        # out = Σ_i coefficients[i]·tensors[i], 1 to 8 tensors of one shape, summed in the order of i.
+        "combine": "(Tensor[] tensors, float[] coefficients, Tensor(a!) out) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.
@@ -110,6 +122,8 @@ MODES = {"lerp": 0, "nlerp": 1, "slerp": 2}
 SEAMS = {"sequential": 0, "overlap_add": 1}
 NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
 LAYOUTS = {"same": 0, "pack": 1, "unpack": 2}
+#: "zero" is what mode "cfg_zero" does in its first steps.
+GUIDANCE = {"cfg": 0, "apg": 1, "cfg_zero": 2, "tcfg": 3, "magnitude_aware": 4, "zero": 5}
 
 
 def _nothing_to_infer(*args, **kwargs) -> None:

@@ -128,6 +128,9 @@ ULPS = {
 HEAT_ULPS = {torch.float32: 128.0, torch.float64: 128.0}
 #: For a loss: d = z[t+1] − z[t] is rounded before it is squared (two units), and so is every partial sum.
 LOSS_ULPS = {torch.float32: 16.0, torch.float64: 64.0}
+#: For guidance: coefficients of up to four times the scale act on cond and on its difference from uncond, and their
+#: terms cancel in part: each of the three roundings counts that often. (The scale is 5 in these tests.)
+GUIDANCE_ULPS = {torch.float32: 32.0, torch.float64: 256.0}
 #: For gradients: the weights' derivatives take about four times the roundings of the weights, and cancel in part.
 GRADIENT_ULPS = {torch.float32: 32.0, torch.float64: 256.0}
 

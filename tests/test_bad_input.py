@@ -305,7 +305,142 @@ _LOSS_OUT = [
     ),
 ]
 
-ROWS = [*_INTERPOLATE, *_PATHS, *_KEYS, *_MEAN, *_EDIT, *_TEMPORAL, *_WARP, *_OUT, *_LOSS_OUT]
+_NOISE = {"sigma": 1.0, "sigma_next": 0.5}
+_BUFFER = torch.zeros(2, 3, 4)
+
+_GUIDE = [
+    row
+    for f in (lf.guide, lambda *args, **rest: lf.guided_step(A, *args, **_NOISE, **rest))
+    for row in [
+        (lambda f=f: f([1.0], A, 5.0), TypeError, "cond must be a tensor, got list"),
+        (lambda f=f: f(A, [1.0], 5.0), TypeError, "uncond must be a tensor, got list"),
+        (lambda f=f: f(A, A[:1], 5.0), ValueError, "uncond must have cond's shape (2, 3, 4), got (1, 3, 4)"),
+        (lambda f=f: f(A, A.half(), 5.0), TypeError, "uncond must have cond's dtype float32, got float16"),
+        (lambda f=f: f(A, META, 5.0), ValueError, "uncond must be on cond's device cpu, got meta"),
+        (lambda f=f: f(INTS, INTS, 5.0), TypeError, "cond must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(A, A, "5"), TypeError, "scale must be a number, got str"),
+        (lambda f=f: f(A, A, A), TypeError, "scale must be a number, got Tensor"),
+        (lambda f=f: f(A, A, math.nan), ValueError, "scale must be finite, got nan"),
+        (lambda f=f: f(A, A, 5.0, mode="cgf"), ValueError, "mode must be one of cfg, apg, cfg_zero, tcfg, magnitude_a"),
+        (
+            lambda f=f: f(A, A, 5.0, mode="zero"),
+            ValueError,
+            "mode must be one of cfg, apg, cfg_zero, tcfg, magnitude_a",
+        ),
+        (lambda f=f: f(A, A, 5.0, rescale=1.5), ValueError, "rescale must be finite and at least 0 and at most 1, got"),
+        (lambda f=f: f(A, A, 5.0, rescale=-0.5), ValueError, "rescale must be finite and at least 0 and at most 1"),
+        (lambda f=f: f(A, A, 5.0, original=1), TypeError, "original must be True or False, got int"),
+        (lambda f=f: f(A, A, 5.0, mode="apg", eta=None), TypeError, "eta must be a number, got NoneType"),
+        (
+            lambda f=f: f(A, A, 5.0, mode="apg", norm_threshold=-1.0),
+            ValueError,
+            "norm_threshold must be finite and at ",
+        ),
+        (lambda f=f: f(A, A, 5.0, mode="magnitude_aware", alpha=-1), ValueError, "alpha must be finite and at least 0"),
+        (lambda f=f: f(A, A, 5.0, zero_init=True), ValueError, "zero_init belongs to mode cfg_zero, got mode cfg"),
+        (
+            lambda f=f: f(A, A, 5.0, mode="cfg_zero", zero_init=1),
+            TypeError,
+            "zero_init must be True or False, got int",
+        ),
+        (lambda f=f: f(A, A, 5.0, mode="apg", momentum=0.5), ValueError, "momentum needs a momentum_buffer"),
+        *(
+            (lambda f=f, buffer=buffer: f(A, A, 5.0, mode="apg", momentum_buffer=buffer), error, words)
+            for buffer, error, words in [
+                ([0.0], TypeError, "momentum_buffer must be a tensor, got list"),
+                (torch.zeros(3, 4), ValueError, "momentum_buffer must have cond's shape (2, 3, 4), got (3, 4)"),
+                (_BUFFER.half(), TypeError, "momentum_buffer must have cond's dtype float32, got float16"),
+                (META, ValueError, "momentum_buffer must be on cond's device cpu, got meta"),
+                (torch.zeros(2, 4, 3).mT, ValueError, "momentum_buffer must be contiguous, as it is written into"),
+                (_grad(2, 3, 4), ValueError, "momentum_buffer must not require grad"),
+                (A, ValueError, "momentum_buffer must not share memory with another argument"),
+            ]
+        ),
+        (
+            lambda f=f: f(A, A, 5.0, momentum_buffer=_BUFFER),
+            ValueError,
+            "momentum_buffer belongs to mode apg, got mode",
+        ),
+        (lambda f=f: f(A, A, 5.0, out=A), ValueError, "out must not share memory with an input"),
+        (lambda f=f: f(A, A, 5.0, out=torch.zeros(2)), ValueError, "out must have shape (2, 3, 4), got (2,)"),
+        (lambda f=f: f(A, _grad(2, 3, 4), 5.0, out=_BUFFER), ValueError, "out cannot be given while an input requires"),
+    ]
+]
+
+_STEP = [
+    (
+        lambda: lf.guide(torch.zeros(3), None, 5.0),
+        ValueError,
+        "cond must have at least 2 dimensions, samples first, got",
+    ),
+    (lambda: lf.guided_step(None, A, A, 5.0, **_NOISE), TypeError, "sample must be a tensor, got NoneType"),
+    (lambda: lf.guided_step(A[:1], A, A, 5.0, **_NOISE), ValueError, "sample must have cond's shape (2, 3, 4), got (1"),
+    (lambda: lf.guided_step(A, A, A, 5.0, sigma="1", sigma_next=0.0), TypeError, "sigma must be a number, got str"),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, sigma=1.0, sigma_next=math.inf),
+        ValueError,
+        "sigma_next must be finite, got",
+    ),
+    (lambda: lf.guided_step(A, A, A, 5.0, mask=A, **_NOISE), ValueError, "mask needs known: give both, or neither"),
+    (lambda: lf.guided_step(A, A, A, 5.0, known=A, **_NOISE), ValueError, "known needs mask: give both, or neither"),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, mask=torch.zeros(5), known=A, **_NOISE),
+        ValueError,
+        "mask must broadcast to (2, 3, 4), got shape (5,)",
+    ),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, mask=_grad(2, 1, 4), known=A, **_NOISE),
+        ValueError,
+        "mask requires grad, but the step is not differentiable in mask; pass mask.detach()",
+    ),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, mask=A, known=A[0], **_NOISE),
+        ValueError,
+        "known must have sample's shape (2, 3, 4), got (3, 4)",
+    ),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, return_x0=1, **_NOISE),
+        TypeError,
+        "return_x0 must be True or False, got int",
+    ),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, return_x0=True, out=_BUFFER, **_NOISE),
+        TypeError,
+        "out must be a pair (next sample, x0), got Tensor",
+    ),
+    (
+        lambda: lf.guided_step(A, A, A, 5.0, return_x0=True, out=(_BUFFER, _BUFFER), **_NOISE),
+        ValueError,
+        "out[1] must not share memory with another argument",
+    ),
+]
+
+_COMBINE = [
+    (lambda: lf.combine(A, [1.0]), TypeError, "tensors must be a list of tensors, got Tensor"),
+    (lambda: lf.combine([], []), ValueError, "tensors must be 1 to 8 tensors, got 0"),
+    (lambda: lf.combine([A] * 9, [1.0] * 9), ValueError, "tensors must be 1 to 8 tensors, got 9"),
+    (
+        lambda: lf.combine([A, A[:1]], [1.0, 1.0]),
+        ValueError,
+        "tensors[1] must have tensors[0]'s shape (2, 3, 4), got (1",
+    ),
+    (lambda: lf.combine([A, 3.0], [1.0, 1.0]), TypeError, "tensors[1] must be a tensor, got float"),
+    (
+        lambda: lf.combine([INTS], [1.0]),
+        TypeError,
+        "tensors[0] must be float32, float16, bfloat16 or float64, got int64",
+    ),
+    (lambda: lf.combine([A, A], [1.0]), ValueError, "coefficients must be 2 numbers, one for each tensor, got 1"),
+    (lambda: lf.combine([A], 1.0), TypeError, "coefficients must be a list of numbers, got float"),
+    (lambda: lf.combine([A], ["1"]), TypeError, "coefficients[0] must be a number, got str"),
+    (lambda: lf.combine([A], [math.inf]), ValueError, "coefficients[0] must be finite, got inf"),
+    (lambda: lf.combine([A], [1.0], out=A), ValueError, "out must not share memory with an input"),
+]
+
+ROWS = [
+    *(_INTERPOLATE + _PATHS + _KEYS + _MEAN + _EDIT + _TEMPORAL + _WARP + _OUT + _LOSS_OUT),
+    *(_GUIDE + _STEP + _COMBINE),
+]
 
 
 def _launched(*args) -> None:

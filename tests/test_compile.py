@@ -258,6 +258,16 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
             (heat, [3, 4, 5], math.nan, 0.8, 0.0, 1, 0.7, out),
             (heat, [3, 4, 5], 0.5, math.nan, 0.2, 0, 0.0, out),
         ]
+    if name == "guide":
+        numbers = (5.0, 0.7, 0.25, 2.5, -0.5, 8.0, 0.9, -0.25)
+        return [
+            (x, y, None, None, None, None, 3, 0, *numbers, new(*shape), None),
+            (x, y, draw.normal(*shape), None, draw.mask(*shape[1:]), draw.normal(*shape), 0, 1, *numbers, new(*shape),
+             new(*shape)),
+            (x, y, None, draw.normal(*shape), None, None, 1, 0, *numbers, new(*shape), None),
+        ]  # fmt: skip
+    if name == "combine":
+        return [([x, y, draw.normal(*shape)], [0.5, -1.0, 2.0], new(*shape))]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]

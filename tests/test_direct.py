@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import latentfast
 from latentfast import _direct
+from tests.direct_cases import CASES, SHAPE, pair, random, wide
 
-SHAPE = (2, 4, 5, 6, 8)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -38,93 +37,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _random(device: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-class Case(NamedTuple):
-    """A public function in one form: keyword arguments for a device and dtype."""
-
-    function: str
-    inputs: Callable[[str, torch.dtype], dict]
-
-
-def _pair(device: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> dict:
-    return {"a": _random(device, *shape, dtype=dtype), "b": _random(device, *shape, dtype=dtype, seed=1)}
-
-
-def _edit(
-    device: str, dtype: torch.dtype, directions: tuple[int, ...], mask: tuple[int, ...] | None, strengths
-) -> dict:
-    inputs = {
-        "z": _random(device, *SHAPE, dtype=dtype),
-        "directions": _random(device, *directions, dtype=dtype, seed=1),
-        "strengths": strengths,
-    }
-    if mask is not None:
-        inputs["mask"] = _random(device, *mask, dtype=dtype, seed=2).clamp(0, 1)
-    return inputs
-
-
-def _clip(device: str, dtype: torch.dtype, *, ref: bool = False, mask: tuple[int, ...] | None = None, **rest) -> dict:
-    inputs = {"z": _random(device, *SHAPE, dtype=dtype), **rest}
-    if ref:
-        inputs["ref"] = _random(device, *SHAPE, dtype=dtype, seed=1)
-    if mask is not None:  # float32 beside half-precision latents
-        mask_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        inputs["mask"] = _random(device, *mask, dtype=mask_dtype, seed=2).clamp(0, 1)
-    return inputs
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-N = 3
-CASES = {
-    "lerp": Case("lerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
-    "lerp, int t": Case("lerp", lambda dev, dt: {**_pair(dev, dt), "t": 1}),
-    "nlerp": Case("nlerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
-    "slerp": Case("slerp", lambda dev, dt: {**_pair(dev, dt), "t": 0.3}),
-    "slerp, one vector": Case("slerp", lambda dev, dt: {**_pair(dev, dt, (77,)), "t": 0.3}),
-    "slerp, long": Case("slerp", lambda dev, dt: {**_pair(dev, dt, (1, 16, 5, 60, 104)), "t": 0.3}),
-    "slerp_path": Case("slerp_path", lambda dev, dt: {**_pair(dev, dt), "ts": [0.0, 0.3, 1.0]}),
-    "edit": Case("edit", lambda dev, dt: _edit(dev, dt, (N, 1, *SHAPE[1:]), None, [0.1, -0.2, 3])),
-    "edit, one mask": Case("edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), (2, 1, 5, 6, 8), (0.1, -0.2, 0.3))),
-    "edit, masks": Case(
-        "edit", lambda dev, dt: _edit(dev, dt, (1, 1, 4, 1, 1, 1), (N, 1, 1, 5, 6, 8), [0.1, 0.2, 0.3])
-    ),
-    "edit, (N,)": Case(
-        "edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), None, _random(dev, N, dtype=_wide(dt), seed=3))
-    ),
-    "edit, (N, B)": Case(
-        "edit", lambda dev, dt: _edit(dev, dt, (N, *SHAPE), None, _random(dev, N, 2, dtype=_wide(dt), seed=3))
-    ),
-    "blend": Case(
-        "blend",
-        lambda dev, dt: {
-            "base": _random(dev, *SHAPE, dtype=dt),
-            "edited": _random(dev, *SHAPE, dtype=dt, seed=1),
-            "mask": _random(dev, 2, 1, 5, 6, 8, dtype=dt, seed=2).clamp(0, 1),
-        },
-    ),
-    "temporal_loss": Case("temporal_loss", lambda dev, dt: _clip(dev, dt)),
-    "temporal_loss, none": Case(
-        "temporal_loss", lambda dev, dt: _clip(dev, dt, ref=True, mask=(2, 1, 5, 6, 8), second=0.5, reduction="none")
-    ),
-    "temporal_loss_and_grad": Case("temporal_loss_and_grad", lambda dev, dt: _clip(dev, dt)),
-    "temporal_loss_and_grad, all": Case(
-        "temporal_loss_and_grad",
-        lambda dev, dt: _clip(
-            dev, dt, ref=True, mask=(5, 6, 8), first=0.5, second=2, norm="charbonnier", eps=1e-2, reduction="none"
-        ),
-    ),
-    "temporal_loss_and_grad, frames first": Case(
-        "temporal_loss_and_grad", lambda dev, dt: _clip(dev, dt, norm="l1", frame_dim=1)
-    ),
-}
-DOORS = ("interpolate", "edit", "blend", "temporal_loss", "scaled")
+DOORS = ("interpolate", "edit", "blend", "temporal_loss", "scaled", "guide", "guided_step", "combine")
 
 
 @contextmanager
@@ -154,6 +67,12 @@ def _closed() -> Iterator[None]:
 
 def _tensors(result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _held(inputs: dict) -> list[Tensor]:
+    """The tensors among a call's arguments, those in lists too."""
+    lists = [value if isinstance(value, list) else [value] for value in inputs.values()]
+    return [value for values in lists for value in values if isinstance(value, Tensor)]
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
@@ -202,14 +121,14 @@ ODD = {
 
 
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("name", ["slerp", "edit, one mask", "blend", "temporal_loss, none"])
+@pytest.mark.parametrize("name", ["slerp", "edit, one mask", "blend", "temporal_loss, none", "guided_step, mask"])
 def test_odd_tensors_go_the_ordinary_way(name: str, odd: str, device: str) -> None:
     case = CASES[name]
     call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
     expected = call(**inputs)
     for argument in [k for k, v in inputs.items() if isinstance(v, Tensor)]:
         changed = {**inputs, argument: ODD[odd](inputs[argument])}
-        if argument == "mask" and changed["mask"].requires_grad and case.function == "temporal_loss":
+        if argument == "mask" and changed["mask"].requires_grad and case.function in ("temporal_loss", "guided_step"):
             continue  # an error: see below
         with _answers() as answers:
             result = call(**changed)
@@ -221,7 +140,7 @@ def test_odd_tensors_go_the_ordinary_way(name: str, odd: str, device: str) -> No
 
 
 def test_parameters_are_plain_tensors(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     frozen = torch.nn.Parameter(a.clone(), requires_grad=False)
     with _answers() as answers:
         result = latentfast.slerp(frozen, b, 0.5)
@@ -234,9 +153,9 @@ def test_parameters_are_plain_tensors(device: str) -> None:
 def test_a_loss_and_its_gradients_take_the_door_through_autograd(
     batch: int, reduction: str, dtype: torch.dtype, device: str
 ) -> None:
-    z, ref = (_random(device, batch, *SHAPE[1:], dtype=dtype, seed=seed) for seed in (0, 1))
-    mask = _random(device, batch, 1, *SHAPE[2:], dtype=dtype, seed=2).clamp(0, 1)
-    upstream = torch.tensor(-0.37 if reduction == "mean" else [-0.37, 2.5][:batch], dtype=_wide(dtype), device=device)
+    z, ref = (random(device, batch, *SHAPE[1:], dtype=dtype, seed=seed) for seed in (0, 1))
+    mask = random(device, batch, 1, *SHAPE[2:], dtype=dtype, seed=2).clamp(0, 1)
+    upstream = torch.tensor(-0.37 if reduction == "mean" else [-0.37, 2.5][:batch], dtype=wide(dtype), device=device)
 
     def call() -> tuple[Tensor, ...]:
         leaves = torch.nn.Parameter(z.clone()), ref.clone().requires_grad_()
@@ -257,7 +176,7 @@ def test_a_loss_and_its_gradients_take_the_door_through_autograd(
 
 
 def test_a_gradient_is_wanted_only_in_grad_mode(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     a.requires_grad_()
     with _answers() as answers, torch.no_grad():
         latentfast.slerp(a, b, 0.5)
@@ -281,7 +200,7 @@ def test_modes_see_the_operations(mode: type, device: str) -> None:
 
 
 def test_transforms_and_tracers_see_the_operations(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     with _answers() as answers:
         torch.func.vmap(lambda x: x + latentfast.slerp(a, b, 0.3).sum())(torch.ones(2, device=device))
         torch.jit.trace(lambda x, y: latentfast.lerp(x, y, 0.3), (a, b), check_trace=False)
@@ -333,6 +252,27 @@ WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
     "first of nan": ("temporal_loss", {"first": float("nan")}, ValueError, "first must be finite"),
     "eps below 0": ("temporal_loss", {"eps": -1.0}, ValueError, "eps must be finite"),
     "empty": ("temporal_loss", {"z": torch.zeros(0, 4, 5, 6, 8)}, None, ""),
+    "a mode unknown": ("guide", {"mode": "cfg++"}, ValueError, "mode must be one of"),
+    "scale of text": ("guide", {"scale": "5"}, TypeError, "scale must be"),
+    "scale of inf": ("guide", {"scale": float("inf")}, ValueError, "scale must be"),
+    "rescale of 2": ("guided_step", {"rescale": 2.0}, ValueError, "rescale must be"),
+    "original of 1": ("guide", {"original": 1}, TypeError, "original must be"),
+    "zero of cfg": ("guide", {"zero_init": True}, ValueError, "zero_init belongs"),
+    "a momentum": ("guided_step, apg", {"momentum": -0.5, "momentum_buffer": torch.zeros(SHAPE)}, None, ""),
+    "no buffer": ("guided_step, apg", {"momentum": -0.5}, ValueError, "momentum needs"),
+    "known alone": ("guided_step", {"known": torch.zeros(SHAPE)}, ValueError, "known needs mask"),
+    "mask alone": ("guided_step", {"mask": torch.zeros(SHAPE)}, ValueError, "mask needs known"),
+    "known of another shape": ("guided_step, mask", {"known": torch.zeros(1, *SHAPE[1:])}, ValueError, "known must"),
+    "x0 of 1": ("guided_step", {"return_x0": 1}, TypeError, "return_x0 must be"),
+    "9 tensors": ("combine", {"tensors": [torch.zeros(SHAPE)] * 9}, ValueError, "tensors must be 1 to 8"),
+    "a coefficient missing": ("combine", {"coefficients": [1.0]}, ValueError, "coefficients must be 6 numbers"),
+    "coefficients of nan": ("combine", {"coefficients": [float("nan")] * 6}, ValueError, "coefficients"),
+    "tensors of two dtypes": (
+        "combine, one",
+        {"tensors": [torch.zeros(2), torch.zeros(2, dtype=torch.float64)], "coefficients": [1, 2]},
+        TypeError,
+        "dtype",
+    ),
     "a scalar": ("slerp", {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, None, ""),
 }
 
@@ -359,14 +299,14 @@ def test_a_mask_that_requires_grad_is_an_error_of_the_ordinary_way(device: str) 
 
 
 def test_a_given_output_is_the_ordinary_way(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     with _answers() as answers:
         out = latentfast.slerp(a, b, 0.3, out=torch.empty_like(a))
     assert answers == [] and torch.equal(out, latentfast.slerp(a, b, 0.3))
 
 
 def test_another_backend_closes_the_door(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     with _answers() as answers:
         with latentfast.use_backend("eager"):
             latentfast.slerp(a, b, 0.3)
@@ -378,17 +318,21 @@ def test_another_backend_closes_the_door(device: str) -> None:
 
 def test_inference_mode_gives_inference_tensors(device: str) -> None:
     with torch.inference_mode():
-        a, b = _pair(device, torch.float32).values()
+        a, b = pair(device, torch.float32).values()
         with _answers() as answers:
             assert latentfast.slerp(a, b, 0.3).is_inference()
     assert answers[0] is not None
 
 
-@pytest.mark.parametrize("name", ["slerp", "slerp_path", "edit, one mask", "blend", "temporal_loss_and_grad, all"])
+@pytest.mark.parametrize(
+    "name",
+    ["slerp", "slerp_path", "edit, one mask", "blend", "temporal_loss_and_grad, all", "guided_step, all", "combine"],
+)
 def test_nothing_is_leaked(name: str, device: str) -> None:
     case = CASES[name]
     call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
-    x = next(iter(inputs.values()))
+    held = [*inputs.values(), *_held(inputs)]
+    x = _held(inputs)[0]
 
     def run(calls: int) -> None:
         for _ in range(calls):
@@ -398,7 +342,7 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
     def counts() -> list[int]:
         gc.collect()
         memory = torch.cuda.memory_allocated() if device == "cuda" else 0
-        return [memory, *(sys.getrefcount(value) for value in (*inputs.values(), torch.float32, torch.Tensor))]
+        return [memory, *(sys.getrefcount(value) for value in (*held, torch.float32, torch.Tensor))]
 
     run(100)
     before, blocks = counts(), sys.getallocatedblocks()
@@ -408,7 +352,7 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
 
 
 def test_threads_call_at_once(device: str) -> None:
-    a, b = _pair(device, torch.float32).values()
+    a, b = pair(device, torch.float32).values()
     ts = [i / 64 for i in range(64)]
     expected = [latentfast.slerp(a, b, t) for t in ts]
     with ThreadPoolExecutor(8) as pool:  # the lock is given up while an operator runs
@@ -432,9 +376,8 @@ def test_cuda_graphs_replay_direct_calls(name: str) -> None:
     with _answers() as answers, torch.cuda.graph(graph):
         result = call(**inputs)
     assert answers[0] is not None
-    for value in inputs.values():
-        if isinstance(value, Tensor):
-            value.copy_(value.flip(-1))
+    for value in _held(inputs):
+        value.copy_(value.flip(-1))
     graph.replay()
     for x, y in zip(_tensors(result), _tensors(call(**inputs)), strict=True):
         assert torch.equal(x, y)
@@ -442,7 +385,7 @@ def test_cuda_graphs_replay_direct_calls(name: str) -> None:
 
 def test_the_current_stream_is_used() -> None:
     _open_on_cuda()
-    a, b = _pair("cuda", torch.float32).values()
+    a, b = pair("cuda", torch.float32).values()
     expected = latentfast.slerp(a, b, 0.3)
     late = torch.zeros_like(a)
     stream = torch.cuda.Stream()
@@ -470,6 +413,6 @@ def test_another_device_than_the_current_one() -> None:
 
 def test_tensors_on_two_devices_are_declined() -> None:
     _open_on_cuda()
-    a, b = _pair("cuda", torch.float32).values()
+    a, b = pair("cuda", torch.float32).values()
     with pytest.raises(ValueError, match="b must be on a's device"):
         latentfast.slerp(a, b.cpu(), 0.3)

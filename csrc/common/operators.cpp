@@ -8,4 +8,6 @@ constinit const latentfast::Operators latentfast_operators = {
     .blend = latentfast::blend,
     .temporal_loss = latentfast::temporal_loss,
     .vector_mix = latentfast::vector_mix,
+    .guide = latentfast::guide,
+    .combine = latentfast::combine,
 };

@@ -21,6 +21,12 @@ struct Operators {
 
   using VectorMix = void(const View& x, const View& coefficients, int64_t p, int64_t n, int64_t q, int64_t m,
                          const View& out);
+  using Guide = void(const View& cond, const View& uncond, const OptionalView& sample,
+                     const OptionalView& momentum, const OptionalView& mask, const OptionalView& known,
+                     int64_t kind, int64_t original, double scale, double rescale, double eta,
+                     double norm_threshold, double beta, double alpha, double sigma, double dt,
+                     const View& out, const OptionalView& x0);
+  using Combine = void(std::span<const View> tensors, std::span<const double> coefficients, const View& out);
 
   size_t size;  // of this table, so that libraries of different builds do not take each other's for theirs
   Interpolate* interpolate;
@@ -28,6 +34,8 @@ struct Operators {
   Blend* blend;
   TemporalLoss* temporal_loss;
   VectorMix* vector_mix;
+  Guide* guide;
+  Combine* combine;
 };
 
 // The table's name in a library: its one exported symbol.
@@ -38,5 +46,7 @@ Operators::Edit edit;
 Operators::Blend blend;
 Operators::TemporalLoss temporal_loss;
 Operators::VectorMix vector_mix;
+Operators::Guide guide;
+Operators::Combine combine;
 
 }  // namespace latentfast

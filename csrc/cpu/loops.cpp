@@ -41,6 +41,41 @@ void sums(const C* a, const C* b, int n, double* aa, double* bb, double* ab) {
   }
 }
 
+template <bool kPlain, typename C>
+void apart_sums(const C* c, const C* u, int n, const ApartSums& sums) {
+  Lanes cc(sums.cc), cd(sums.cd), dd(sums.dd), c1(sums.c), d1(sums.d);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    C apart[kLanes];  // stays in registers
+    for (int j = 0; j < kLanes; ++j) apart[j] = c[i + j] - u[i + j];
+    for (int r = 0; r < kRegisters; ++r) {
+      const Doubles x = load_doubles(c + i + r * kWidth), y = load_doubles(apart + r * kWidth);
+      cc.part[r] += x * x;
+      cd.part[r] += x * y;
+      dd.part[r] += y * y;
+      if constexpr (kPlain) {
+        c1.part[r] += x;
+        d1.part[r] += y;
+      }
+    }
+  }
+  cc.store(sums.cc);
+  cd.store(sums.cd);
+  dd.store(sums.dd);
+  c1.store(sums.c);
+  d1.store(sums.d);
+  for (int lane = 0; i < n; ++i, ++lane) {
+    const double x = c[i], y = static_cast<C>(c[i] - u[i]);
+    sums.cc[lane] += x * x;
+    sums.cd[lane] += x * y;
+    sums.dd[lane] += y * y;
+    if constexpr (kPlain) {
+      sums.c[lane] += x;
+      sums.d[lane] += y;
+    }
+  }
+}
+
 template <typename C>
 void dot(const C* x, const C* y, int n, double* lanes) {
   Lanes acc(lanes);
@@ -324,6 +359,19 @@ constexpr LoopsOf<C> loops_for() {
   out.add_to_rgb = add_to_rgb<C>;
   out.between = between<C>;
   out.between_as_bytes = between_as_bytes<C>;
+  out.apart_sums[0] = apart_sums<false, C>;
+  out.apart_sums[1] = apart_sums<true, C>;
+  out.guide[0] = guide<false, C>;
+  out.guide[1] = guide<true, C>;
+  static_assert(kTerms == 8);
+  out.combine[0] = combine<1, C>;
+  out.combine[1] = combine<2, C>;
+  out.combine[2] = combine<3, C>;
+  out.combine[3] = combine<4, C>;
+  out.combine[4] = combine<5, C>;
+  out.combine[5] = combine<6, C>;
+  out.combine[6] = combine<7, C>;
+  out.combine[7] = combine<8, C>;
   return out;
 }
 

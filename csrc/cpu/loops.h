@@ -23,6 +23,8 @@ enum class Norm : int { l2 = 0, l1 = 1, charbonnier = 2 };
 
 // Directions that one loop adds: enough to keep the memory busy, few enough for its registers.
 constexpr int kSteps = 4;
+// Tensors that `combine` takes.
+constexpr int kTerms = 8;
 
 template <typename C>
 struct Step {
@@ -53,6 +55,11 @@ struct FirstStep {
 // Keys of one panel of attention's keys, packed with an element of all of them side by side.
 template <typename C>
 constexpr int kPanel = 256 / sizeof(C);
+
+// kLanes of each sum over c and d = c − u.
+struct ApartSums {
+  double *cc, *cd, *dd, *c, *d;
+};
 
 template <typename C>
 struct LoopsOf {
@@ -103,6 +110,13 @@ struct LoopsOf {
                  int64_t out_stride);
   // 2^(scale·(score − the largest)) in place, and their sum, of n scores, a multiple of kPanel; −∞ gives 0.
   C (*softmax_row)(C* row, int64_t n, C scale);
+  // Added to the sums, those of c and d themselves only if [plain].
+  void (*apart_sums[2])(const C* c, const C* u, int n, const ApartSums& sums);
+  // wc·cond + wd·(cond − uncond), or sample + dt·that, written around the caches if `streams`. [with sample]
+  void (*guide[2])(const C* cond, const C* uncond, const C* sample, int n, C wc, C wd, C dt, C* out,
+                   bool streams);
+  // Σ w[k]·x[k], in order; `streams` as above. [number of terms − 1]
+  void (*combine[kTerms])(const C* const* x, const C* w, int n, C* out, bool streams);
 };
 
 struct Loops {

@@ -165,5 +165,71 @@ void blend(const C* base, const C* edited, const C* mask, int n, C* out, bool st
   }
 }
 
+template <bool kStep, bool kStreams, typename C>
+void guide_to(const C* cond, const C* uncond, const C* sample, int n, C wc, C wd, C dt, C* out) {
+  constexpr int kWide = kBytes / sizeof(C);
+  int i = 0;
+  for (; i + kRun * kWide <= n; i += kRun * kWide) {
+    fetch_run(cond + i);
+    fetch_run(uncond + i);
+    if constexpr (kStep) fetch_run(sample + i);
+    Vector<C> value[kRun];
+    for (int j = 0; j < kRun; ++j) value[j] = load(cond + i + j * kWide);
+    for (int j = 0; j < kRun; ++j) value[j] = wc * value[j] + wd * (value[j] - load(uncond + i + j * kWide));
+    for (int j = 0; j < kRun; ++j) {
+      if constexpr (kStep) value[j] = load(sample + i + j * kWide) + dt * value[j];
+      store<kStreams>(out + i + j * kWide, value[j]);
+    }
+  }
+  for (; i < n; ++i) {
+    const C value = wc * cond[i] + wd * (cond[i] - uncond[i]);
+    out[i] = kStep ? sample[i] + dt * value : value;
+  }
+}
+
+template <bool kStep, typename C>
+void guide(const C* cond, const C* uncond, const C* sample, int n, C wc, C wd, C dt, C* out, bool streams) {
+  if (streams && unaligned_bytes(out) == 0) {
+    guide_to<kStep, true>(cond, uncond, sample, n, wc, wd, dt, out);
+  } else {
+    guide_to<kStep, false>(cond, uncond, sample, n, wc, wd, dt, out);
+  }
+}
+
+template <int kCount, bool kStreams, typename C>
+void combine_to(const C* const* x, const C* w, int n, C* out) {
+  constexpr int kStep = kBytes / sizeof(C);
+  const C* from[kCount];
+  C weight[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    from[k] = x[k];
+    weight[k] = w[k];
+  }
+  int i = 0;
+  for (; i + kRun * kStep <= n; i += kRun * kStep) {
+    for (int k = 0; k < kCount; ++k) fetch_run(from[k] + i);
+    Vector<C> value[kRun];
+    for (int j = 0; j < kRun; ++j) value[j] = weight[0] * load(from[0] + i + j * kStep);
+    for (int k = 1; k < kCount; ++k) {
+      for (int j = 0; j < kRun; ++j) value[j] += weight[k] * load(from[k] + i + j * kStep);
+    }
+    for (int j = 0; j < kRun; ++j) store<kStreams>(out + i + j * kStep, value[j]);
+  }
+  for (; i < n; ++i) {
+    C value = weight[0] * from[0][i];
+    for (int k = 1; k < kCount; ++k) value += weight[k] * from[k][i];
+    out[i] = value;
+  }
+}
+
+template <int kCount, typename C>
+void combine(const C* const* x, const C* w, int n, C* out, bool streams) {
+  if (streams && unaligned_bytes(out) == 0) {
+    combine_to<kCount, true>(x, w, n, out);
+  } else {
+    combine_to<kCount, false>(x, w, n, out);
+  }
+}
+
 }  // namespace
 }  // namespace latentfast

@@ -78,6 +78,35 @@ __device__ __forceinline__ void store_narrow(T* p, const Wide<T> (&x)[V]) {
   }
 }
 
+// The mixed elements, but `x`'s bits where w is 0 and `y`'s where it is 1: no conversion touches those, not
+// even a NaN's.
+template <typename T, int V>
+__device__ __forceinline__ void store_selected(T* p, const Raw<T, V>& x, const Raw<T, V>& y,
+                                               const Wide<T> (&w)[V], const Wide<T> (&mixed)[V]) {
+  if constexpr (V == 1) {
+    *p = w[0] == 0 ? x.units[0] : w[0] == 1 ? y.units[0] : narrow<T>(mixed[0]);
+  } else {
+    static_assert(V == kPack<T>);
+    const uint4 blended = pack<T>(mixed);
+    uint32_t words[4] = {blended.x, blended.y, blended.z, blended.w};
+    const uint32_t xs[4] = {x.units[0].x, x.units[0].y, x.units[0].z, x.units[0].w};
+    const uint32_t ys[4] = {y.units[0].x, y.units[0].y, y.units[0].z, y.units[0].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      constexpr int kPerWord = V / 4;
+      uint32_t keep_x = 0, keep_y = 0;
+#pragma unroll
+      for (int j = 0; j < kPerWord; ++j) {
+        const uint32_t bits = kPerWord == 1 ? 0xffffffffu : 0xffffu << (16 * j);
+        if (w[i * kPerWord + j] == 0) keep_x |= bits;
+        if (w[i * kPerWord + j] == 1) keep_y |= bits;
+      }
+      words[i] = (xs[i] & keep_x) | (ys[i] & keep_y) | (words[i] & ~(keep_x | keep_y));
+    }
+    store_once(p, uint4{words[0], words[1], words[2], words[3]});
+  }
+}
+
 // V elements from a row; where the operand does not change along the row (inner_stride 0), the one element,
 // which `fill_row` repeats when it is needed: arithmetic beside the load would wait for it, and hold up the
 // loads that follow.

@@ -22,37 +22,9 @@
 namespace latentfast::cuda {
 namespace {
 
-constexpr int kShortPieces = 8;
 // Runs shorter than this leave most of a warp without work; the streamed kernel, with one block a
 // multiprocessor, suffers more.
 constexpr int64_t kStreamedRunBytes = 512;
-
-template <typename T>
-Vectors make_vectors(int64_t p, int64_t n, int64_t q, int64_t m, int multiprocessors) {
-  if (q == 1) {  // the runs of a vector follow each other: one run
-    m *= n;
-    n = 1;
-  } else if (n == 1) {  // every vector is one run
-    p *= q;
-    q = 1;
-  }
-  const int64_t run_pieces = ceil_div<int64_t>(m, kPieceElements<T>), pieces = n * run_pieces;
-  STD_TORCH_CHECK(pieces + kChunkPieces<T> <= INT32_MAX, "interpolate: vectors of ", n * m,
-                  " elements are too long");
-  const int chunks = static_cast<int>(ceil_div<int64_t>(pieces, kChunkPieces<T>));
-  const int shares = std::min(chunks, multiprocessors);
-  return {.count = p * q,
-          .n = n,
-          .q = q,
-          .m = m,
-          .length = n * m,
-          .run_pieces = static_cast<int>(run_pieces),
-          .pieces = static_cast<int>(pieces),
-          .chunks = chunks,
-          .shares = shares,
-          .share_chunks = chunks / shares,
-          .longer_shares = chunks % shares};
-}
 
 template <typename T>
 void run(const Target& target, const Arguments& arguments) {

@@ -14,6 +14,8 @@
 // So a vector's sums have the same bits alone or in a batch, in every kernel below, on every grid.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/interpolation_weights.h"
 #include "launch.cuh"
 
@@ -25,6 +27,7 @@ constexpr int kPackBytes = 16;
 constexpr int kPiecePacks = kPieceBytes / kPackBytes;
 constexpr int kLanePacks = kPiecePacks / 32;
 constexpr int kChunkElements = 4096;
+constexpr int kShortPieces = 8;  // vectors that have no more are short
 
 template <typename T>
 constexpr int kPieceElements = kPieceBytes / sizeof(T);
@@ -51,6 +54,33 @@ struct Vectors {
   // Where element e of a vector lies, counted from its base.
   __device__ int64_t offset(int64_t e) const { return q == 1 || n == 1 ? e : e / m * q * m + e % m; }
 };
+
+// How p·q vectors are cut up on a card.
+template <typename T>
+Vectors make_vectors(int64_t p, int64_t n, int64_t q, int64_t m, int multiprocessors) {
+  if (q == 1) {  // the runs of a vector follow each other: one run
+    m *= n;
+    n = 1;
+  } else if (n == 1) {  // every vector is one run
+    p *= q;
+    q = 1;
+  }
+  const int64_t run_pieces = ceil_div<int64_t>(m, kPieceElements<T>), pieces = n * run_pieces;
+  STD_TORCH_CHECK(pieces + kChunkPieces<T> <= INT32_MAX, "vectors of ", n * m, " elements are too long");
+  const int chunks = static_cast<int>(ceil_div<int64_t>(pieces, kChunkPieces<T>));
+  const int shares = std::min(chunks, multiprocessors);
+  return {.count = p * q,
+          .n = n,
+          .q = q,
+          .m = m,
+          .length = n * m,
+          .run_pieces = static_cast<int>(run_pieces),
+          .pieces = static_cast<int>(pieces),
+          .chunks = chunks,
+          .shares = shares,
+          .share_chunks = chunks / shares,
+          .longer_shares = chunks % shares};
+}
 
 // A piece of a vector: where it starts, counted from the vector's base, and its number of elements.
 struct Piece {

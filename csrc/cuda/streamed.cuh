@@ -1,5 +1,5 @@
-// What interpolate_streamed.cu is made of: barriers and bulk copies in shared memory, numbers that blocks
-// send each other, and the ring of slots that feeds a warp. For compute capability 9.0.
+// What the streamed kernel (streamed_kernel.cuh) is made of: barriers and bulk copies in shared memory,
+// numbers that blocks send each other, and the ring of slots that feeds a warp. For compute capability 9.0.
 #pragma once
 
 #include "interpolate.cuh"
@@ -133,56 +133,67 @@ __device__ __forceinline__ void send(Message* to, double x, uint32_t tag) {
   asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(low), "l"(high) : "memory");
 }
 
-// What a lane adds up of the shares' sums, [3][shares], as soon as they are there. All loads are under way
-// together.
-__device__ __forceinline__ LaneSums gather(const Message* messages, int shares, uint32_t tag) {
+// What a lane adds up of the shares' sums, [kSums][shares], as soon as they are there. The loads of three of
+// the sums are under way together: there are no registers for more.
+template <int kSums>
+__device__ __forceinline__ void gather(const Message* messages, int shares, uint32_t tag,
+                                       double (&sums)[kSums]) {
   constexpr int kBatch = 5;  // enough for the H200's 132 shares
-  double sums[3] = {};
-  for (int first = threadIdx.x % 32; first < shares; first += 32 * kBatch) {
-    Message got[3][kBatch] = {};
-    unsigned missing = 0;  // a bit each
+  constexpr int kTogether = 3;
 #pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      if (first + 32 * u < shares) missing |= (1u | 1u << kBatch | 1u << 2 * kBatch) << u;
-    }
-    Patience patience;
-    while (true) {
+  for (int c = 0; c < kSums; ++c) sums[c] = 0.0;
 #pragma unroll
-      for (int c = 0; c < 3; ++c) {
-        const Message* const from = messages + c * shares + first;
+  for (int from_c = 0; from_c < kSums; from_c += kTogether) {
+    for (int first = threadIdx.x % 32; first < shares; first += 32 * kBatch) {
+      Message got[kTogether][kBatch] = {};
+      unsigned missing = 0;  // a bit each
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {  // what is there already is not read again
-          asm volatile(
-              "{\n\t.reg .pred p;\n\t"
-              "setp.ne.u32 p, %3, 0;\n\t"
-              "@p ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];\n\t}"
-              : "+l"(got[c][u].low), "+l"(got[c][u].high)
-              : "l"(from + 32 * u), "r"(missing >> (c * kBatch + u) & 1)
-              : "memory");
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < 3; ++c) {
+      for (int c = 0; c < kTogether && from_c + c < kSums; ++c) {
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
-          if (got[c][u].low >> 32 == tag && got[c][u].high >> 32 == tag) missing &= ~(1u << (c * kBatch + u));
+          if (first + 32 * u < shares) missing |= 1u << (c * kBatch + u);
         }
       }
-      if (missing == 0) break;
-      patience.spend();
-    }
+      Patience patience;
+      while (true) {
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
+        for (int c = 0; c < kTogether && from_c + c < kSums; ++c) {
+          const Message* const from = messages + (from_c + c) * shares + first;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (first + 32 * u < shares) {
-          sums[c] += __hiloint2double(static_cast<int>(got[c][u].high), static_cast<int>(got[c][u].low));
+          for (int u = 0; u < kBatch; ++u) {  // what is there already is not read again
+            asm volatile(
+                "{\n\t.reg .pred p;\n\t"
+                "setp.ne.u32 p, %3, 0;\n\t"
+                "@p ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];\n\t}"
+                : "+l"(got[c][u].low), "+l"(got[c][u].high)
+                : "l"(from + 32 * u), "r"(missing >> (c * kBatch + u) & 1)
+                : "memory");
+          }
+        }
+#pragma unroll
+        for (int c = 0; c < kTogether && from_c + c < kSums; ++c) {
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (got[c][u].low >> 32 == tag && got[c][u].high >> 32 == tag)
+              missing &= ~(1u << (c * kBatch + u));
+          }
+        }
+        if (missing == 0) break;
+        patience.spend();
+      }
+#pragma unroll
+      for (int c = 0; c < kTogether && from_c + c < kSums; ++c) {
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (first + 32 * u < shares) {
+            sums[from_c + c] +=
+                __hiloint2double(static_cast<int>(got[c][u].high), static_cast<int>(got[c][u].low));
+          }
         }
       }
     }
   }
   __syncwarp();
-  return {sums[0], sums[1], sums[2]};
 }
 
 // --- a warp's slots
@@ -226,20 +237,19 @@ struct SlotState {
 //
 // For every vector of the team the warp reads its pieces 0 … count−1 and reads those from number `keep` on a
 // second time. That sequence, over all vectors, is run through as fast as slots become free.
-template <typename T, bool OneRun, int kWarps, int kSlots>
+template <typename Job, bool OneRun, int kWarps, int kSlots>
 class Ring {
+  using T = typename Job::Element;
   static constexpr int kAhead = 2;
-  // With more values of t, memory has enough to do with the results: reading ahead then cost 5%.
-  static constexpr int kFewValues = 2;
 
  public:
   static constexpr int kSlotBytes = 2 * kPieceBytes;
 
   // `count`: the warp's pieces of each vector, every kWarps-th from `first_piece` on. Starts the first
   // copies.
-  __device__ Ring(const Arguments& arguments, const unsigned char* slots, SlotState<kSlots>& state,
-                  int first_piece, int count, int keep, bool rereads, int vector, int teams)
-      : arguments_(arguments),
+  __device__ Ring(const Job& job, const unsigned char* slots, SlotState<kSlots>& state, int first_piece,
+                  int count, int keep, bool rereads, int vector, int teams)
+      : job_(job),
         slots_(slots),
         state_(state),
         first_(first_piece),
@@ -256,7 +266,7 @@ class Ring {
       } else {
         asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(state.policy));
       }
-      state.prefetches = !rereads && arguments.values.count <= kFewValues;
+      state.prefetches = !rereads && job.prefetches();
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
@@ -265,9 +275,7 @@ class Ring {
   }
 
   // This warp's piece x, in the vector.
-  __device__ Piece piece(int x) const {
-    return stream_piece<T, OneRun>(arguments_.vectors, first_ + x * kWarps);
-  }
+  __device__ Piece piece(int x) const { return stream_piece<T, OneRun>(job_.vectors(), first_ + x * kWarps); }
 
   // The slot of the next copy in the sequence, once it has landed.
   __device__ int take() {
@@ -292,15 +300,15 @@ class Ring {
 
   // The sums of what a slot holds: half of it at a time, for which there are registers.
   __device__ double sum(int slot, int elements) const {
-    LaneSums sums;
+    typename Job::LaneSums sums;
 #pragma unroll
     for (int half = 0; half < kLanePacks; half += kLanePacks / 2) {
       const LanePacks<kLanePacks / 2> packs = read<kLanePacks / 2>(slot, elements, half);
 #pragma unroll
-      for (int j = 0; j < kLanePacks / 2; ++j) sums.add<T, true>(packs.a[j], packs.b[j]);
+      for (int j = 0; j < kLanePacks / 2; ++j) Job::add(sums, packs.a[j], packs.b[j]);
       asm volatile("" ::: "memory");
     }
-    return fold_warp(sums);
+    return Job::fold(sums);
   }
 
   // What a slot holds; zeros behind the piece's end.
@@ -329,7 +337,7 @@ class Ring {
  private:
   // The next copy of the sequence, into a free slot.
   __device__ void start(int slot) {
-    const Vectors& vectors = arguments_.vectors;
+    const Vectors& vectors = job_.vectors();
     if (vector_ >= vectors.count) return;
     if (elected()) {
       const Piece next = piece(next_ < count_ ? next_ : keep_ + next_ - count_);
@@ -338,10 +346,13 @@ class Ring {
       const uint32_t barrier = shared_address(&state_.landed[slot]);
       const uint32_t to = shared_address(slots_) + slot * kSlotBytes;
       barrier_expect(barrier, 2 * bytes);
-      bulk_copy(to, static_cast<const T*>(arguments_.a) + offset, bytes, barrier, state_.policy);
-      bulk_copy(to + kPieceBytes, static_cast<const T*>(arguments_.b) + offset, bytes, barrier,
-                state_.policy);
+      bulk_copy(to, job_.a() + offset, bytes, barrier, state_.policy);
+      bulk_copy(to + kPieceBytes, job_.b() + offset, bytes, barrier, state_.policy);
       if (state_.prefetches) prefetch();
+      // what the results need besides, where the next use of this copy makes them
+      if constexpr (Job::kBeside) {
+        if (next_ < keep_ || next_ >= count_) job_.prefetch_beside(offset, bytes);
+      }
     }
     queue_ += (slot + 4 - 1) << (31 - __clz(queue_));  // behind the last: 1 becomes 1xx
     if (++next_ == 2 * count_ - keep_) {
@@ -353,7 +364,7 @@ class Ring {
   // Has L2 read the piece that comes kAhead copies after this one, so that memory has work while all slots
   // wait for weights. What is read a second time is in L2 already.
   __device__ void prefetch() const {
-    const Vectors& vectors = arguments_.vectors;
+    const Vectors& vectors = job_.vectors();
     const int all = 2 * count_ - keep_;
     int ahead = next_ + kAhead, vector = vector_;
     while (ahead >= all) {
@@ -364,11 +375,11 @@ class Ring {
     const Piece piece = this->piece(ahead);
     const int64_t offset = stream_base<OneRun>(vectors, vector) + piece.offset;
     const uint32_t bytes = piece.elements * static_cast<uint32_t>(sizeof(T));
-    bulk_prefetch(static_cast<const T*>(arguments_.a) + offset, bytes);
-    bulk_prefetch(static_cast<const T*>(arguments_.b) + offset, bytes);
+    bulk_prefetch(job_.a() + offset, bytes);
+    bulk_prefetch(job_.b() + offset, bytes);
   }
 
-  const Arguments& arguments_;
+  const Job& job_;
   const unsigned char* slots_;
   SlotState<kSlots>& state_;
   int first_, count_, keep_;

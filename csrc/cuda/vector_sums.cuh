@@ -1,4 +1,4 @@
-// Sums over vectors for the operators that look at many tensors at once: interpolate_bwd and vector_dots.
+// Sums over vectors for the operators that look at many tensors at once: interpolate_bwd, vector_dots, guide.
 //
 // A vector of n·m elements is cut into *parts* of at least 1024 elements, longer ones where there would be
 // more than 1024 of them. The order of every sum is a function of n and m, the layout and the dtype alone:
@@ -14,6 +14,9 @@
 //   static constexpr int kInputs, kSums;
 //   const T* input(int i)           the i-th tensor of the block's tile; null: there is none, zeros are read
 //   void add(x, sums)               the products of a pack, x[kInputs][kPack<T>], to the lane's kSums sums
+//                                   or add(x, sums, at, left): `at` is where its first element lies in the
+//                                   tensors, `left` how many of the vector are left from there on, for
+//                                   what the job reads itself (of contiguous vectors only)
 //   int64_t slot(int s, vector)     where the sum goes, counted in sums; negative: it is not wanted
 #pragma once
 
@@ -197,7 +200,12 @@ __global__ void __launch_bounds__(kSumThreads)
         Wide<T> x[Job::kInputs][kPack<T>];
 #pragma unroll
         for (int i = 0; i < Job::kInputs; ++i) packs[u][i].widened(x[i]);
-        job.add(x, mine);
+        if constexpr (requires { job.add(x, mine); }) {
+          job.add(x, mine);
+        } else {
+          const int64_t at = e + u * kPartStep<T, kAccess>;
+          job.add(x, mine, part.base + at, vectors.elements() - at);
+        }
       }
     }
 #pragma unroll

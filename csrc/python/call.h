@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -274,8 +275,15 @@ inline bool number(PyObject* object, double& out) {
   return out != -1.0 || PyErr_Occurred() == nullptr;
 }
 
+constexpr double kLowest = std::numeric_limits<double>::lowest();
+
 inline bool finite(PyObject* object, double low, double& out) {
   return number(object, out) && std::isfinite(out) && out >= low;
+}
+
+inline bool flag(PyObject* object, bool& out) {
+  out = object == Py_True;
+  return out || object == Py_False;
 }
 
 // A list or tuple of numbers.

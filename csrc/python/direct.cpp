@@ -14,8 +14,6 @@
 // one binary serves every Python from 3.10 on and every such torch, and nothing of torch is linked.
 #include <dlfcn.h>
 
-#include <limits>
-
 #include "call.h"
 
 namespace latentfast {
@@ -109,8 +107,7 @@ PyObject* temporal_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   }
   PyObject* const norm_code = PyDict_GetItemWithError(in_torch.norms, arguments[5]);  // borrowed
   if (!inputs.mask(arguments[2], z.dtype, z.shape, z.dims, mask) || norm_code == nullptr ||
-      !finite(arguments[3], -std::numeric_limits<double>::infinity(), first) ||
-      !finite(arguments[4], -std::numeric_limits<double>::infinity(), second) ||
+      !finite(arguments[3], kLowest, first) || !finite(arguments[4], kLowest, second) ||
       !finite(arguments[6], 0.0, eps) || !PyLong_CheckExact(arguments[7]) ||
       !PyUnicode_CheckExact(arguments[8])) {
     return decline();
@@ -154,6 +151,131 @@ PyObject* scaled(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   coefficients.dims = 3;
   const bool done =
       launch([&] { inputs.target().vector_mix(x, coefficients, samples, 1, 1, each, out.view); });
+  return done ? out.tensor.release() : nullptr;
+}
+
+// The options of guide and guided_step, from `mode` to `zero_init`.
+struct GuideOptions {
+  static constexpr int kCount = 9;
+  long kind = -1;
+  double rescale, eta, norm_threshold, alpha;
+  bool original;
+
+  // `guided`: there is an unconditional prediction; if not, `scale` becomes 1. A momentum is left to the
+  // ordinary way, which tells autograd that the buffer changes.
+  bool read(PyObject* const* arguments, bool guided, double& scale) {
+    static constexpr const char* kModes[] = {"cfg", "apg", "cfg_zero", "tcfg", "magnitude_aware"};
+    constexpr long kCfg = 0, kCfgZero = 2, kZero = 5;
+    double momentum;
+    if (!PyUnicode_CheckExact(arguments[0])) return false;
+    for (int i = 0; i < 5 && kind < 0; ++i) {
+      if (PyUnicode_CompareWithASCIIString(arguments[0], kModes[i]) == 0) kind = i;
+    }
+    if (kind < 0 || !flag(arguments[2], original) || !finite(arguments[1], 0.0, rescale) || rescale > 1.0 ||
+        !finite(arguments[3], kLowest, eta) || !finite(arguments[4], 0.0, norm_threshold) ||
+        !number(arguments[5], momentum) || momentum != 0.0 || arguments[6] != Py_None ||
+        !finite(arguments[7], 0.0, alpha)) {
+      return false;
+    }
+    bool zero;
+    if (!flag(arguments[8], zero) || (zero && kind != kCfgZero)) return false;
+    if (zero) {
+      kind = kZero;
+    } else if (!guided) {
+      kind = kCfg;
+      original = false;
+      scale = 1.0;
+      rescale = 0.0;
+    }
+    return true;
+  }
+};
+
+// guide(cond, uncond, scale, mode, rescale, original, eta, norm_threshold, momentum, momentum_buffer, alpha,
+// zero_init)
+PyObject* guide(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 + GuideOptions::kCount || !nothing_intervenes()) return decline();
+  Call inputs(true);
+  View cond, uncond;
+  Output out;
+  double scale;
+  GuideOptions options;
+  const bool guided = arguments[1] != Py_None;
+  if (!inputs.first(arguments[0], cond) || cond.dims < 2 || !finite(arguments[2], kLowest, scale) ||
+      !options.read(arguments + 3, guided, scale) || (guided && !inputs.like(arguments[1], cond, uncond))) {
+    return decline();
+  }
+  if (!guided) uncond = cond;
+  if (!inputs.make_like(cond, out)) return nullptr;
+  const bool done = launch([&] {
+    inputs.target().guide(cond, uncond, std::nullopt, std::nullopt, std::nullopt, std::nullopt, options.kind,
+                          options.original, scale, options.rescale, options.eta, options.norm_threshold, 0.0,
+                          options.alpha, 0.0, 0.0, out.view, std::nullopt);
+  });
+  return done ? out.tensor.release() : nullptr;
+}
+
+// guided_step(sample, cond, uncond, scale, sigma, sigma_next, the options of guide, mask, known, return_x0)
+// -> the next sample, or the pair of it and x0
+PyObject* guided_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 9 + GuideOptions::kCount || !nothing_intervenes()) return decline();
+  Call inputs(true);
+  View sample, cond, uncond;
+  OptionalView mask, known;
+  Output out, x0;
+  double scale, sigma, sigma_next;
+  bool with_x0;
+  GuideOptions options;
+  PyObject* const* const rest = arguments + 6 + GuideOptions::kCount;
+  const bool guided = arguments[2] != Py_None;
+  if (!inputs.first(arguments[0], sample) || sample.dims < 2 || !inputs.like(arguments[1], sample, cond) ||
+      (guided && !inputs.like(arguments[2], sample, uncond)) || !finite(arguments[3], kLowest, scale) ||
+      !finite(arguments[4], kLowest, sigma) || !finite(arguments[5], kLowest, sigma_next) ||
+      !options.read(arguments + 6, guided, scale) || (rest[0] == Py_None) != (rest[1] == Py_None) ||
+      !inputs.mask(rest[0], sample.dtype, sample.shape, sample.dims, mask) || !flag(rest[2], with_x0)) {
+    return decline();
+  }
+  if (mask) {
+    known.emplace();
+    if (!inputs.like(rest[1], sample, *known)) return decline();
+  }
+  if (!guided) uncond = cond;
+  if (!inputs.make_like(sample, out) || (with_x0 && !inputs.make_like(sample, x0))) return nullptr;
+  const bool done = launch([&] {
+    inputs.target().guide(cond, uncond, sample, std::nullopt, mask, known, options.kind, options.original,
+                          scale, options.rescale, options.eta, options.norm_threshold, 0.0, options.alpha,
+                          sigma, sigma_next - sigma, out.view,
+                          with_x0 ? OptionalView(x0.view) : std::nullopt);
+  });
+  if (!done) return nullptr;
+  return with_x0 ? PyTuple_Pack(2, out.tensor.get(), x0.tensor.get()) : out.tensor.release();
+}
+
+// combine(tensors, coefficients)
+PyObject* combine(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  constexpr size_t kMostTensors = 8;
+  if (count != 2 || !nothing_intervenes()) return decline();
+  const bool is_list = PyList_CheckExact(arguments[0]);
+  if (!is_list && !PyTuple_CheckExact(arguments[0])) return decline();
+  Numbers coefficients;
+  if (!coefficients.read(arguments[1])) return decline();
+  const auto size = static_cast<size_t>(is_list ? PyList_Size(arguments[0]) : PyTuple_Size(arguments[0]));
+  if (size == 0 || size > kMostTensors || size != coefficients.count) return decline();
+  Call inputs(true);
+  std::array<View, kMostTensors> tensors;
+  std::array<Object, kMostTensors> kept;  // a list may lose them while the operator runs
+  Output out;
+  for (size_t i = 0; i < size; ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    PyObject* const x = is_list ? PyList_GetItem(arguments[0], at) : PyTuple_GetItem(arguments[0], at);
+    if (x == nullptr || !std::isfinite(coefficients.values[i])) return decline();
+    Py_INCREF(x);
+    kept[i] = Object(x);
+    if (i == 0 ? !inputs.first(x, tensors[0]) : !inputs.like(x, tensors[0], tensors[i])) return decline();
+  }
+  if (!inputs.make_like(tensors[0], out)) return nullptr;
+  const bool done =
+      launch([&] { inputs.target().combine({tensors.data(), size}, coefficients.span(), out.view); });
   return done ? out.tensor.release() : nullptr;
 }
 
@@ -236,10 +358,11 @@ PyObject* open(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 #define LATENTFAST_METHOD(name) \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
-PyMethodDef methods[] = {LATENTFAST_METHOD(interpolate), LATENTFAST_METHOD(edit),
-                         LATENTFAST_METHOD(blend),       LATENTFAST_METHOD(temporal_loss),
-                         LATENTFAST_METHOD(scaled),      LATENTFAST_METHOD(connect),
-                         LATENTFAST_METHOD(open),        {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    LATENTFAST_METHOD(interpolate),   LATENTFAST_METHOD(edit),       LATENTFAST_METHOD(blend),
+    LATENTFAST_METHOD(temporal_loss), LATENTFAST_METHOD(scaled),     LATENTFAST_METHOD(guide),
+    LATENTFAST_METHOD(guided_step),   LATENTFAST_METHOD(combine),    LATENTFAST_METHOD(connect),
+    LATENTFAST_METHOD(open),          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_native_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -1,6 +1,7 @@
 """Checks of a user's arguments, shared by the public operations. Each failure names argument, finding and
 expectation."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,6 +95,21 @@ def output(
             raise ValueError("out must not share memory with an input, got one that does")
         torch.autograd.graph.increment_version(out)
     return out
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value`, if it is a finite number from `low` to `high`."""
+    if value.__class__ is float and low <= value <= high and -math.inf < value < math.inf:
+        return value
+    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not isinstance(value, torch.SymFloat | torch.SymInt) and not (
+        low <= value <= high and -math.inf < value < math.inf
+    ):
+        limits = "" if low == -math.inf else f" and at least {low:g}"
+        limits += "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name} must be finite{limits}, got {value}")
+    return value
 
 
 def _short(dtype: torch.dtype) -> str:

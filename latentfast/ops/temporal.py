@@ -1,7 +1,5 @@
 """Temporal consistency of video latents: `temporal_loss`, `temporal_loss_and_grad`, `warp_loss`."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -102,16 +100,6 @@ def _run(
     return loss, grad
 
 
-def _number(name: str, value: float, low: float = -math.inf) -> float:
-    if value.__class__ is float and low <= value < math.inf and value > -math.inf:
-        return value
-    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not isinstance(value, torch.SymFloat | torch.SymInt) and not (low <= value < math.inf and value > -math.inf):
-        raise ValueError(f"{name} must be finite{'' if low == -math.inf else f' and at least {low:g}'}, got {value}")
-    return value
-
-
 def _checked_frame_dim(z: Tensor, frame_dim: int) -> int:
     if not isinstance(frame_dim, int):
         raise TypeError(f"frame_dim must be an int, got {type(frame_dim).__name__}")
@@ -149,8 +137,8 @@ def _temporal_arguments(z, ref, mask, first, second, norm, eps, frame_dim, reduc
         _frozen("mask", mask)
     if not z.is_contiguous():
         z = z.contiguous()
-    first, second = _number("first", first), _number("second", second)
-    return z, (ref, mask, first, second, NORMS[norm], _number("eps", eps, 0.0), frame_dim)
+    first, second = _checks.number("first", first), _checks.number("second", second)
+    return z, (ref, mask, first, second, NORMS[norm], _checks.number("eps", eps, 0.0), frame_dim)
 
 
 def _checked_reduction(reduction: str) -> None:

@@ -5,6 +5,7 @@ A stem has a file of its own here too.
 
 from tests.helpers import Target
 from tests.operations.edit import EDITS
+from tests.operations.guidance import GUIDANCE
 from tests.operations.interpolate import INTERPOLATIONS
 from tests.operations.mask import MASKS
 from tests.operations.operation import Operation, Shape
@@ -15,7 +16,7 @@ from tests.operations.tiles import STITCHES
 
 __all__ = ["BY_NAME", "LIGHT", "LOSSES", "OPERATIONS", "PER_SAMPLE", "Operation", "Shape", "large", "small"]
 
-OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES, *STITCHES, *STATISTICS, *PREVIEWS, *MASKS]
+OPERATIONS = [*INTERPOLATIONS, *EDITS, *LOSSES, *STITCHES, *STATISTICS, *PREVIEWS, *MASKS, *GUIDANCE]
 BY_NAME = {operation.name: operation for operation in OPERATIONS}
 #: Those whose samples are independent of each other.
 PER_SAMPLE = [operation for operation in OPERATIONS if operation.result_samples is not None]

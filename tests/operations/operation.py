@@ -8,7 +8,7 @@ from torch import Tensor
 
 import latentfast
 from latentfast import reference
-from tests.helpers import HEAT_ULPS, LOSS_ULPS, ULPS, Draw
+from tests.helpers import GUIDANCE_ULPS, HEAT_ULPS, LOSS_ULPS, ULPS, Draw
 
 Shape = Sequence[int]
 _STEMS = [getattr(reference, stem) for stem in reference.__all__]
@@ -67,6 +67,8 @@ class Operation:
     def ulps(self) -> dict:
         if self.function == "token_heatmap":
             return HEAT_ULPS
+        if self.function in ("guide", "guided_step"):
+            return GUIDANCE_ULPS
         return LOSS_ULPS if self.function.endswith("loss") else ULPS
 
     @property

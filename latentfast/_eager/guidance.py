@@ -1,0 +1,28 @@
+"""Guidance: the operators' signatures in front of the reference."""
+
+from latentfast import reference
+from latentfast._operators import GUIDANCE
+
+_MODES = {kind: mode for mode, kind in GUIDANCE.items()}
+
+
+def guide(
+    cond, uncond, sample, momentum, mask, known, kind, original, scale, rescale, eta, norm_threshold, beta, alpha,
+    sigma, dt, out, x0,
+) -> None:  # fmt: skip
+    mode = _MODES[kind]
+    p = reference.guidance.prediction(
+        cond, uncond, scale, "cfg_zero" if mode == "zero" else mode, rescale, bool(original), eta, norm_threshold, beta,
+        momentum, alpha, zero_init=mode == "zero",
+    )  # fmt: skip
+    if sample is None:
+        out.copy_(p)
+        return
+    following, clean = reference.guidance.step(sample, p, sigma, dt, mask, known)
+    out.copy_(following)
+    if x0 is not None:
+        x0.copy_(clean)
+
+
+def combine(tensors, coefficients, out) -> None:
+    out.copy_(reference.guidance.combine(tensors, coefficients))
