@@ -451,7 +451,7 @@ def _forbid_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through either door: the dispatcher's table, or a direct call that is not declined."""
     backends = importlib.import_module("latentfast.backends")
     monkeypatch.setattr(backends, "_table", dict.fromkeys(backends._table, _launched))
-    for name in ("interpolate", "edit", "blend", "temporal_loss"):
+    for name in ("interpolate", "edit", "blend", "temporal_loss", "guide", "guided_step", "combine"):
         door = getattr(_direct, name)
         monkeypatch.setattr(_direct, name, lambda *args, door=door: None if door(*args) is None else _launched())
 
