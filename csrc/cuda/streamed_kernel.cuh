@@ -46,9 +46,15 @@ constexpr int kWarps = 18;  // that handle data
 constexpr int kThreads = 32 * (kWarps + 1);
 constexpr int kSlots = 3;  // of a warp
 constexpr int kSlotBytes = 2 * kPieceBytes;
-constexpr int kRingBytes = kWarps * kSlots * kSlotBytes;  // of the 227 KB that a block can have
-// Pieces of one vector whose sums a block gathers before it folds them: a multiple of every dtype's chunk.
-[[maybe_unused]] constexpr int kRoundPieces = 8 * kWarps;
+constexpr int kRingBytes = kWarps * kSlots * kSlotBytes;
+constexpr int kBlockBytes = 227 * 1024;  // of shared memory, that a block can have
+// Of each warp, pieces of one vector whose sums a block gathers before it folds them: as many as shared
+// memory has room for, and no fewer than the slots and the registers hold (flowing_warp takes a vector in one
+// round).
+template <typename Job>
+constexpr int kRoundCount = Job::kSums <= 3 ? 8 : kSlots + 1;
+template <typename Job>
+constexpr int kRoundPieces = kRoundCount<Job> * kWarps;
 // A team of one that has no more shares than this keeps their sums in shared memory.
 constexpr int kLocalShares = 32;
 // What a block owns of a vector is held to half of what its registers and slots hold where teams can be
@@ -71,15 +77,16 @@ struct Own {
   int first_piece, pieces;
   int rounds;
 
-  template <typename T>
+  template <typename Job>
   static __device__ Own of(const Vectors& vectors, int member, int team_size) {
+    using T = typename Job::Element;
     Own own;
     own.share_begin = vectors.shares * member / team_size;
     own.share_end = vectors.shares * (member + 1) / team_size;
     own.first_piece = vectors.share_begin(own.share_begin) * kChunkPieces<T>;
     const int end = min(vectors.share_begin(own.share_end) * kChunkPieces<T>, vectors.pieces);
     own.pieces = end - own.first_piece;
-    own.rounds = ceil_div(own.pieces, kRoundPieces);
+    own.rounds = ceil_div(own.pieces, kRoundPieces<Job>);
     return own;
   }
 };
@@ -96,7 +103,7 @@ struct Desk {
   uint64_t sums_full[2];     // every data warp has written its sums of a round
   uint64_t sums_free[2];     // the control warp has read them
   uint64_t weights_full[2];  // a vector's weights are there
-  double sums[2][Job::kSums][kRoundPieces];
+  double sums[2][Job::kSums][kRoundPieces<Job>];
   double local[Job::kSums][kLocalShares];
   typename Job::Weights weights[2];
 };
@@ -148,12 +155,11 @@ __device__ __forceinline__ void data_warp(const Job& job, const Stream& stream, 
       }
 
       if (y == order.sum_at && vector + stream.teams < vectors.count) {
-        constexpr int kRoundCount = kRoundPieces / kWarps;
 #pragma unroll 1
-        for (int first = 0; first < rounds * kRoundCount; first += kRoundCount) {
+        for (int first = 0; first < rounds * kRoundCount<Job>; first += kRoundCount<Job>) {
           turn_wait(desk.sums_free, round + 2);  // that of round − 2: at first, one that has always been
 #pragma unroll 1
-          for (int x = first; x < min(order.count, first + kRoundCount); ++x) {
+          for (int x = first; x < min(order.count, first + kRoundCount<Job>); ++x) {
             const int elements = ring.piece(computed_anew(x)).elements;
             const int slot = ring.take();
             const double folded = ring.sum(slot, elements);
@@ -284,7 +290,7 @@ __device__ __forceinline__ void control_warp(const Job& job, const Stream& strea
 #pragma unroll 1
     for (int r = 0; r < own.rounds; ++r, ++round) {
       auto& sums = desk.sums[round % 2];
-      const int pieces = min(kRoundPieces, own.pieces - r * kRoundPieces);
+      const int pieces = min(kRoundPieces<Job>, own.pieces - r * kRoundPieces<Job>);
       const int chunks = ceil_div(pieces, P);
       turn_wait(desk.sums_full, round);
 #pragma unroll 1
@@ -349,7 +355,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     streamed_kernel(const __grid_constant__ Job job, const __grid_constant__ Stream stream) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using T = typename Job::Element;
-  static_assert(kRoundPieces % kChunkPieces<T> == 0);
+  static_assert(kRoundPieces<Job> % kChunkPieces<T> == 0);
+  static_assert(sizeof(Desk<Job>) + kRingBytes <= kBlockBytes);
   extern __shared__ __align__(128) unsigned char ring_bytes[];
   __shared__ Desk<Job> desk;
 
@@ -357,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Vectors& vectors = job.vectors();
   const int warp = threadIdx.x / 32;
   const int team = blockIdx.x / stream.team_size, member = blockIdx.x % stream.team_size;
-  const Own own = Own::of<T>(vectors, member, stream.team_size);
+  const Own own = Own::of<Job>(vectors, member, stream.team_size);
 
   const int count = warp < min(own.pieces, kWarps) ? (own.pieces - 1 - warp) / kWarps + 1 : 0;
   const Order order(count, team + stream.teams >= vectors.count);

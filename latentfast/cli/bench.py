@@ -21,9 +21,11 @@ app = typer.Typer(
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16", "float16", "float64")
 
-Stem = Annotated[list[str] | None, typer.Option(metavar="STEM", help="Only this family of operations (repeatable).")]
+Stem = Annotated[
+    list[str] | None, typer.Option("--stem", metavar="STEM", help="Only this family of operations (repeatable).")
+]
 Device = Annotated[str, typer.Option(metavar="[auto|cpu|cuda]", help="auto: the GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="Not the cases' own but this one.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Not the cases' own but this one.")]
 Models = Annotated[
     list[str] | None,
     typer.Option(
