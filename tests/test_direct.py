@@ -345,10 +345,14 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
         return [memory, *(sys.getrefcount(value) for value in (*held, torch.float32, torch.Tensor))]
 
     run(100)
-    before, blocks = counts(), sys.getallocatedblocks()
-    run(10_000)
-    assert counts() == before
-    assert abs(sys.getallocatedblocks() - blocks) < 1000  # a leak of one object a call would be 10,000
+    before, grown = counts(), []
+    for _ in range(3):
+        blocks = sys.getallocatedblocks()
+        run(10_000)
+        assert counts() == before
+        grown.append(sys.getallocatedblocks() - blocks)
+    # a leak of one object a call would be 10,000 each time; what Python keeps of other things comes once
+    assert min(grown) < 1000
 
 
 def test_threads_call_at_once(device: str) -> None:

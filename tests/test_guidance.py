@@ -216,11 +216,12 @@ def test_equal_and_zero_predictions(mode: str, dtype: torch.dtype, target: Targe
     """diffusers has NaN for magnitude-aware guidance without an unconditional prediction."""
     cond = _pair(target, 2, 3, 35, dtype=dtype)["cond"]
     zero = torch.zeros_like(cond)
+    # eta 0 would leave of a difference along `cond` nothing but roundings, which have nothing to be compared with
     for inputs in ({"cond": cond, "uncond": cond}, {"cond": cond, "uncond": zero}, {"cond": zero, "uncond": cond}):
         for original in (False, True):
-            got = _matches(inputs, scale=5.0, mode=mode, original=original, eta=0.0, norm_threshold=2.0)
+            got = _matches(inputs, scale=5.0, mode=mode, original=original, eta=0.5, norm_threshold=2.0)
             assert torch.isfinite(got).all()
-            assert torch.isfinite(latentfast.guide(**inputs, scale=5.0, mode=mode, rescale=1.0)).all()
+            assert torch.isfinite(latentfast.guide(**inputs, scale=5.0, mode=mode, eta=0.0, rescale=1.0)).all()
     equal = latentfast.guide(cond, cond, 5.0, mode=mode, rescale=0.7)
     near = 8 * torch.finfo(dtype).eps + 1e-9  # cfg_zero has 1e-8 beside |u|²
     torch.testing.assert_close(equal, cond, rtol=near, atol=near)

@@ -1,5 +1,6 @@
 """Heat maps and masks on every backend: against the formula written out, layouts, thresholds, peers' formulas."""
 
+import importlib
 import math
 
 import pytest
@@ -97,6 +98,32 @@ def test_heatmap_of_real_sizes(heats: Target) -> None:
         inputs = _attention(Draw(dtype, heats.device), 1, 12, 1000, 512, 128)
         tokens = [[5], [77], [300, 301], [511]]
         _assert_heat(latentfast.token_heatmap(**inputs, tokens=tokens), inputs, tokens)
+
+
+@pytest.mark.parametrize(
+    ("nk", "d", "dtype"), [(512, 128, torch.bfloat16), (226, 64, torch.float16), (77, 50, torch.bfloat16)]
+)
+@pytest.mark.parametrize("layout", ["heads first", "heads last"])
+def test_heatmap_with_a_heads_keys_in_shared_memory(
+    nk: int, d: int, dtype: torch.dtype, layout: str, heats: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's other form, which many queries of a prompt's length take."""
+    queries = 8192 + 77
+    if heats.interpreted:
+        queries = 300
+        monkeypatch.setattr(importlib.import_module("latentfast.kernels.triton.token_heatmap"), "_RESIDENT_QUERIES", 0)
+    draw = Draw(dtype, heats.device)
+    q, k = draw.normal(2, 3, queries, d), draw.normal(2, 3, nk, d)
+    if layout == "heads last":
+        q, k = q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2)
+    tokens = [[0, 5], [nk - 1], [5, nk // 2, 9]]
+    got = latentfast.token_heatmap(q, k, tokens)
+    assert_within(
+        got,
+        *(reference.mask.token_heatmap(q.to(t), k.to(t), tokens) for t in (torch.float64, torch.float32)),
+        HEAT_ULPS,
+    )
+    assert same_bits(got[1:], latentfast.token_heatmap(q[1:], k[1:], tokens))
 
 
 @every_dtype

@@ -165,6 +165,8 @@ def test_rule2_gradcheck_in_float64(operation: Operation, target: Target) -> Non
 @every_operation
 def test_any_layout_gives_the_same_bits(operation: Operation, layout: str, target: Target) -> None:
     skip_where_torch_adds_atomically(target, operation.function)
+    if str(target) == "eager@cuda" and layout == "offset by one" and operation.function in ("guide", "guided_step"):
+        pytest.skip("torch sums up what is not aligned in another order (docs/numerics.md, 1)")
     inputs = _inputs(operation, target)
     expected = _result_and_gradients(operation, inputs)
     viewed = {name: LAYOUTS[layout](x) for name, x in inputs.items()}
@@ -219,6 +221,8 @@ def test_results_are_new_and_inputs_unchanged(operation: Operation, target: Targ
 def test_every_element_is_written(operation: Operation, target: Target) -> None:
     """torch.empty holds NaN here, so that an element that a kernel leaves out shows."""
     skip_where_torch_adds_atomically(target, operation.function)
+    if str(target) == "eager@cuda" and operation.function in ("heatmap_to_mask", "latent_to_rgb"):
+        pytest.skip("torch's interpolate computes otherwise where it must be deterministic, as it must to fill memory")
     inputs = _inputs(operation, target)
     expected = _result_and_gradients(operation, inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -115,7 +115,8 @@ def test_stats_are_torchs(dtype: torch.dtype, target: Target) -> None:
     mean, std = lf.channel_stats(z)
     assert mean.dtype == std.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     exact_std, exact_mean = torch.std_mean(z.double(), (2, 3, 4))
-    tolerance = 1e-14 if dtype == torch.float64 else 1e-7
+    # half a unit of float32, or the few units by which torch's own sums in float32 are off on a GPU
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6 if str(target) == "eager@cuda" else 1e-7
     torch.testing.assert_close(mean.double(), exact_mean, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(std.double(), exact_std, rtol=tolerance, atol=tolerance)
 

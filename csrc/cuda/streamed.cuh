@@ -349,10 +349,6 @@ class Ring {
       bulk_copy(to, job_.a() + offset, bytes, barrier, state_.policy);
       bulk_copy(to + kPieceBytes, job_.b() + offset, bytes, barrier, state_.policy);
       if (state_.prefetches) prefetch();
-      // what the results need besides, where the next use of this copy makes them
-      if constexpr (Job::kBeside) {
-        if (next_ < keep_ || next_ >= count_) job_.prefetch_beside(offset, bytes);
-      }
     }
     queue_ += (slot + 4 - 1) << (31 - __clz(queue_));  // behind the last: 1 becomes 1xx
     if (++next_ == 2 * count_ - keep_) {

@@ -10,8 +10,12 @@ The masses come cheap where few keys are asked for: their scores are made once m
 tile of 16 keys gathered from K, when maximum and sum are known. With weights for all keys, or more of them, the
 exponentials are multiplied by the weights as they come, rescaled as the sum is.
 
-The heads are split into even parts of at most `_HEADS`, whatever the batch, so that the programs are enough to end at
-about the same time; a second launch adds the parts in order. No atomics, the same bits always.
+Where all keys of a head fit into shared memory, as prompts' do, and there are queries enough (`_resident`), the loops
+change places: a program keeps one head's keys and lets tiles of queries pass, which spares it the waits for keys and,
+with tiles of keys twice as wide, half of the reductions. A head is a part then.
+
+Else the heads are split into even parts of at most `_HEADS`, whatever the batch, so that the programs are enough to
+end at about the same time; a second launch adds the parts in order. No atomics, the same bits always.
 """
 
 from collections.abc import Sequence
@@ -33,15 +37,20 @@ _MOST_GROUPS = 31
 #: nine times but for twelve.
 _HEADS = 10
 #: Queries and keys of a tile, warps, and tiles of keys in flight, by an element's size and whether the padded width is
-#: above 128. Halves: two programs on an SM, by registers (at most 128 a thread) and by shared memory (80 of 227 KiB).
+#: above 128. Halves: four programs on an SM, by registers (at most 128 a thread) and by shared memory (48 of 227 KiB).
 _TILES = {
-    (2, False): (128, 64, 8, 3),
+    (2, False): (64, 64, 4, 2),
     (2, True): (64, 64, 4, 2),
     (4, False): (64, 32, 4, 2),
     (4, True): (32, 16, 4, 1),
     (8, False): (8, 8, 4, 1),
     (8, True): (4, 8, 4, 1),
 }
+#: The other form: queries and keys of a tile, how many tiles of keys are kept, warps, tiles of queries in flight; from
+#: how many queries on; programs a head, which with 40 heads make ten full rounds of an H200's 132 SMs.
+_RESIDENT_TILE, _RESIDENT_TILES, _RESIDENT_WARPS, _RESIDENT_STAGES = (128, 128), 4, 8, 2
+_RESIDENT_QUERIES = 8192
+_RESIDENT_PROGRAMS = 1320
 _LOG2E = 1.4426950408889634
 #: Triton's interpreter multiplies the bits of halves as if they were integers.
 _INTERPRETED = tl.constexpr(triton_interpreted())
@@ -190,6 +199,89 @@ def _heat(
 
 
 @triton.jit
+def _fold(x, y, c, each, top, norm, here, EVEN: tl.constexpr):
+    """A row's running maximum and sum of exponentials, with those of one more tile of keys."""
+    s = _product(x, y)
+    if not EVEN:
+        s = tl.where(here[None, :], s, float("-inf"))
+    base = tl.maximum(top, tl.max(s, 1) * each)
+    return base, norm * tl.exp2(top - base) + tl.sum(tl.exp2(tl.fma(s, c, -base[:, None])), 1)
+
+
+@triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups"])
+def _heat_resident(
+    q, k, out,
+    e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64, e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
+    e8: tl.int64, e9: tl.int64, e10: tl.int64, e11: tl.int64, e12: tl.int64, e13: tl.int64, e14: tl.int64,
+    e15: tl.int64,
+    scale: tl.float64, share: tl.float64, count, groups, batch, heads, queries, keys, width, tiles, programs,
+    q_b, q_h, q_n, k_b, k_h, k_n,
+    EVEN_KEYS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[head, b, g, query], for every `programs`-th tile of queries; entries as in `_heat`. TILES ≤ 4 of keys."""
+    pid = tl.program_id(0)
+    first = pid % programs
+    head = (pid // programs % heads).to(tl.int64)
+    b = (pid // programs // heads).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    element = tl.arange(0, WIDTH)
+    inside = element < width
+    col = tl.arange(0, COLS)
+    lane = tl.arange(0, 16)
+    each = tl.full([1], scale, tl.float32)
+    c = each[:, None]
+    entries = _entries(e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
+    used = lane < count
+    k_head = k + b * k_b + head * k_h + element[None, :]
+    y_used = tl.load(k_head + (entries & 0xFFFFFFFF)[:, None] * k_n, mask=used[:, None] & inside[None, :], other=0.0)
+    within = inside[None, :]
+    last: tl.constexpr = (TILES - 1) * COLS
+    here = last + col < keys  # only the last tile of keys can be a part of one
+    k_tile = k_head + col[:, None] * k_n
+    step = k_n * COLS
+    if TILES == 1:
+        y0 = tl.load(k_tile, mask=here[:, None] & within, other=0.0)
+    else:
+        y0 = tl.load(k_tile, mask=within, other=0.0)
+    y1, y2, y3 = y0, y0, y0
+    if TILES == 2:
+        y1 = tl.load(k_tile + step, mask=here[:, None] & within, other=0.0)
+    elif TILES > 2:
+        y1 = tl.load(k_tile + step, mask=within, other=0.0)
+    if TILES == 3:
+        y2 = tl.load(k_tile + 2 * step, mask=here[:, None] & within, other=0.0)
+    elif TILES > 3:
+        y2 = tl.load(k_tile + 2 * step, mask=within, other=0.0)
+        y3 = tl.load(k_tile + 3 * step, mask=here[:, None] & within, other=0.0)
+
+    out += (head * batch + b) * groups * queries
+    zero = tl.full([], 0, tl.int64)
+    for tile in tl.range(first, tiles, programs, num_stages=STAGES):
+        at = (zero + tile) * ROWS + row
+        own = at < queries
+        x = tl.load(
+            q + b * q_b + head * q_h + at[:, None] * q_n + element[None, :], mask=own[:, None] & within, other=0.0
+        )
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        norm = tl.zeros([ROWS], tl.float32)
+        top, norm = _fold(x, y0, c, each, top, norm, here, EVEN_KEYS or TILES > 1)
+        if TILES > 1:
+            top, norm = _fold(x, y1, c, each, top, norm, here, EVEN_KEYS or TILES > 2)
+        if TILES > 2:
+            top, norm = _fold(x, y2, c, each, top, norm, here, EVEN_KEYS or TILES > 3)
+        if TILES > 3:
+            top, norm = _fold(x, y3, c, each, top, norm, here, EVEN_KEYS)
+        mass = (
+            tl.exp2(tl.fma(_product(x, y_used), c, -top[:, None])) * (tl.full([1], share, tl.float32) / norm)[:, None]
+        )
+        mass = tl.where(used[None, :], mass, 0.0)
+        for g in tl.static_range(GROUPS):  # a loop inside would keep the one around it from reading ahead
+            belongs = ((entries >> (32 + g)) & 1).to(tl.float32)
+            tl.store(out + (zero + g) * queries + at, tl.sum(mass * belongs[None, :], 1), mask=own & (g < groups))
+
+
+@triton.jit
 def _add_parts(parts, out, size, COUNT, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
@@ -247,6 +339,18 @@ def _strides(x: Tensor, heads_last: bool) -> tuple[int, int, int]:
     return (b, second, first) if heads_last else (b, first, second)
 
 
+def _resident(q: Tensor, queries: int, keys: int, groups: int, padded: int) -> bool:
+    """Whether a head's keys are kept in shared memory: a matter of sizes alone, whatever the batch."""
+    cols = _RESIDENT_TILE[1]
+    fits = q.element_size() == 2 and padded in (64, 128) and keys <= _RESIDENT_TILES * cols
+    return fits and keys > cols // 2 and groups <= USED and queries >= _RESIDENT_QUERIES
+
+
+def _sum_parts(partial: Tensor, out: Tensor) -> None:
+    block = 1024
+    _add_parts[(cdiv(out.numel(), block),)](partial, out, out.numel(), partial.shape[0], BLOCK=block, num_warps=4)
+
+
 def token_heatmap(
     q: Tensor,
     k: Tensor,
@@ -273,10 +377,25 @@ def token_heatmap(
         if entries is None and weights is None:
             weights = _as_weights(keys, sizes, count, out)
         padded = max(16, pow2(width))
-        rows, cols, warps, stages = _TILES[q.element_size(), padded > 128]
-        tiles, parts = cdiv(queries, rows), cdiv(heads, _HEADS)
         q, k = aligned(q), aligned(k)
         weights = None if weights is None else aligned(weights)
+        if entries is not None and key_mask is None and _resident(q, queries, count, groups, padded):
+            rows, cols = _RESIDENT_TILE
+            tiles, parts = cdiv(queries, rows), heads
+            partial = out.new_empty((parts, *out.shape))
+            programs = max(1, min(tiles, _RESIDENT_PROGRAMS // (heads * batch)))
+            _heat_resident[(programs * heads * batch,)](
+                q, k, partial, *_padded(entries), scale * _LOG2E, 1.0 / heads, len(entries), groups,
+                batch, heads, queries, count, width, tiles, programs,
+                *_strides(q, q_heads_last), *_strides(k, k_heads_last),
+                EVEN_KEYS=count % cols == 0, ROWS=rows, COLS=cols, WIDTH=padded,
+                TILES=cdiv(count, cols), GROUPS=pow2(groups), STAGES=_RESIDENT_STAGES,
+                num_warps=_RESIDENT_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+            _sum_parts(partial, out)
+            return
+        rows, cols, warps, stages = _TILES[q.element_size(), padded > 128]
+        tiles, parts = cdiv(queries, rows), cdiv(heads, _HEADS)
         single = parts == 1
         partial = out if single else out.new_empty((parts, *out.shape))
         for first in range(0, 1 if entries is not None else groups, USED):
@@ -291,5 +410,4 @@ def token_heatmap(
                 num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
         if not single:
-            block = 1024
-            _add_parts[(cdiv(out.numel(), block),)](partial, out, out.numel(), parts, BLOCK=block, num_warps=4)
+            _sum_parts(partial, out)

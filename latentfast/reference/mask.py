@@ -122,7 +122,9 @@ def heatmap_to_mask(
     x = torch.where(span > 0, (x - low) / span, torch.zeros_like(x))
     finite = torch.isfinite(span)
     x = x.masked_fill(~finite, 0).reshape(b, g, *grid)
-    x = F.interpolate(_smooth_over_time(x, smooth_time), tuple(size), mode="trilinear", align_corners=False)
+    x = _smooth_over_time(x, smooth_time).reshape(b * g, 1, *grid)
+    # one channel a map: with several, torch takes a grid of one element for one with its channels last
+    x = F.interpolate(x, tuple(size), mode="trilinear", align_corners=False)
     if dilate:
         window = (1, 2 * dilate + 1, 2 * dilate + 1)
         x = F.max_pool3d(x, window, stride=1, padding=(0, dilate, dilate))
