@@ -15,7 +15,7 @@ from latentfast import _settings
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
 #: Operators without CUDA C++.
-LEFT_TO_TRITON = ("token_heatmap", "heatmap_to_mask")
+LEFT_TO_TRITON = ("token_heatmap",)
 
 
 @dataclass(frozen=True)

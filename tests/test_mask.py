@@ -29,12 +29,6 @@ def heats(target: Target) -> Target:
     return target
 
 
-@pytest.fixture
-def masks(target: Target) -> Target:
-    skip_where_left_to_triton("heatmap_to_mask", target.device)
-    return target
-
-
 def _attention(draw: Draw, b: int, h: int, nq: int, nk: int, d: int) -> dict[str, torch.Tensor]:
     return {"q": draw.normal(b, h, nq, d), "k": draw.normal(b, h, nk, d)}
 
@@ -249,8 +243,8 @@ def _spec_map(heat: torch.Tensor, grid, size, **options) -> torch.Tensor:
 @pytest.mark.parametrize(
     "options", [{}, {"dilate": 2}, {"smooth_time": 1.3}, {"smooth_time": 0.2, "dilate": 9}], ids=str
 )
-def test_map_before_the_threshold(grid, size, options: dict, masks: Target) -> None:
-    heat = 5 + 3 * Draw(device=masks.device).uniform(2, 3, math.prod(grid))
+def test_map_before_the_threshold(grid, size, options: dict, target: Target) -> None:
+    heat = 5 + 3 * Draw(device=target.device).uniform(2, 3, math.prod(grid))
     heat[0, 1] = heat[0, 1, 0]  # a constant map
 
     def spec(heat):
@@ -265,10 +259,10 @@ def test_map_before_the_threshold(grid, size, options: dict, masks: Target) -> N
 
 @pytest.mark.parametrize("q", [0.0, 0.1, 0.5, 0.77, 0.9, 1.0])
 @pytest.mark.parametrize("kind", ["random", "tied", "constant", "two values", "skewed"])
-def test_quantile_is_torchs(q: float, kind: str, masks: Target) -> None:
+def test_quantile_is_torchs(q: float, kind: str, target: Target) -> None:
     """Without enlargement the map is the heat: the mask is what torch.quantile of the map cuts off."""
-    grid = (3, 7, 11) if masks.interpreted else (5, 31, 43)
-    x = Draw(device=masks.device).uniform(2, 2, math.prod(grid))
+    grid = (3, 7, 11) if target.interpreted else (5, 31, 43)
+    x = Draw(device=target.device).uniform(2, 2, math.prod(grid))
     x = {
         "random": x, "tied": (8 * x).round(), "constant": torch.full_like(x, 3.0), "two values": (x > 0.8).float(),
         "skewed": x**20,
@@ -284,12 +278,12 @@ def test_quantile_is_torchs(q: float, kind: str, masks: Target) -> None:
     torch.testing.assert_close(soft.double(), u * u * (3 - 2 * u), rtol=0, atol=2e-6)  # a slope of 6, of roundings of 1
 
 
-def test_quantile_of_many_maps_and_elements(masks: Target) -> None:
+def test_quantile_of_many_maps_and_elements(target: Target) -> None:
     """More elements than torch.quantile takes in one piece on a GPU, where the memory of it is no matter."""
-    if masks.interpreted:
+    if target.interpreted:
         pytest.skip("takes Triton's interpreter minutes")
     grid = (3, 512, 700)
-    x = Draw(device=masks.device).uniform(1, 2, math.prod(grid))
+    x = Draw(device=target.device).uniform(1, 2, math.prod(grid))
     mask = latentfast.heatmap_to_mask(x, grid, grid, quantile=0.9).flatten(2)
     count = math.prod(grid)
     above = count - 1 - math.floor(0.9 * (count - 1))  # the elements after the quantile, which are all different
@@ -298,9 +292,9 @@ def test_quantile_of_many_maps_and_elements(masks: Target) -> None:
 
 @pytest.mark.parametrize("softness", [0.0, 0.3])
 @pytest.mark.parametrize("how", [{"threshold": 0.45}, {"quantile": 0.8}], ids=str)
-def test_threshold_of_an_enlarged_map(how: dict, softness: float, masks: Target) -> None:
+def test_threshold_of_an_enlarged_map(how: dict, softness: float, target: Target) -> None:
     grid, size = (3, 5, 7), (5, 9, 13)
-    heat = Draw(device=masks.device).uniform(2, 2, math.prod(grid))
+    heat = Draw(device=target.device).uniform(2, 2, math.prod(grid))
     options = {"dilate": 1, "smooth_time": 0.7}
     got = latentfast.heatmap_to_mask(heat, grid, size, softness=softness, **how, **options).cpu()
     soft = _spec_map(heat, grid, size, **options)
@@ -319,8 +313,8 @@ def test_threshold_of_an_enlarged_map(how: dict, softness: float, masks: Target)
         assert set(got.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_masks_keep_non_finite_values_to_their_map(masks: Target) -> None:
-    heat = Draw(device=masks.device).uniform(2, 3, 60)
+def test_masks_keep_non_finite_values_to_their_map(target: Target) -> None:
+    heat = Draw(device=target.device).uniform(2, 3, 60)
     clean = latentfast.heatmap_to_mask(heat, (3, 4, 5), (3, 8, 10), quantile=0.6)
     for value in (math.nan, math.inf, -math.inf):
         spoilt = heat.clone()

@@ -23,7 +23,6 @@ def _weighted(draw: Draw, shape: Shape) -> dict[str, Tensor]:
 
 
 def _heat(draw: Draw, shape: Shape) -> dict[str, Tensor]:
-    skip_where_left_to_triton("heatmap_to_mask", draw.device)
     groups = shape[1] if math.prod(shape[2:]) else 0
     return {"heat": draw.uniform(shape[0], groups, math.prod(_GRID), dtype=draw.dtype)}
 
