@@ -327,8 +327,8 @@ _GUIDE = [
             ValueError,
             "mode must be one of cfg, apg, cfg_zero, tcfg, magnitude_a",
         ),
-        (lambda f=f: f(A, A, 5.0, rescale=1.5), ValueError, "rescale must be finite and at least 0 and at most 1, got"),
-        (lambda f=f: f(A, A, 5.0, rescale=-0.5), ValueError, "rescale must be finite and at least 0 and at most 1"),
+        (lambda f=f: f(A, A, 5.0, rescale=1.5), ValueError, "rescale must lie in [0, 1], got"),
+        (lambda f=f: f(A, A, 5.0, rescale=-0.5), ValueError, "rescale must lie in [0, 1]"),
         (lambda f=f: f(A, A, 5.0, original=1), TypeError, "original must be True or False, got int"),
         (lambda f=f: f(A, A, 5.0, mode="apg", eta=None), TypeError, "eta must be a number, got NoneType"),
         (

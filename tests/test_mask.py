@@ -437,10 +437,10 @@ def _to_mask(**options):
         (_to_mask(quantile=1.5), ValueError, r"quantile must be in \[0, 1\], got 1.5"),
         (_to_mask(threshold=math.nan), ValueError, "threshold must be finite"),
         (_to_mask(softness=0.1), ValueError, "softness needs a threshold or a quantile"),
-        (_to_mask(threshold=0.5, softness=-0.1), ValueError, "softness must be finite and not negative"),
+        (_to_mask(threshold=0.5, softness=-0.1), ValueError, "softness must be finite and at least 0"),
         (_to_mask(dilate=1.5), TypeError, "dilate must be an int, got float"),
         (_to_mask(dilate=-1), ValueError, "dilate must not be negative"),
-        (_to_mask(smooth_time=math.inf), ValueError, "smooth_time must be finite and not negative"),
+        (_to_mask(smooth_time=math.inf), ValueError, "smooth_time must be finite and at least 0"),
         (lambda: latentfast.difference_mask(Q, K), ValueError, "source_preds must have target_preds's shape"),
         (lambda: latentfast.difference_mask(Q, Q, clamp=0.0), ValueError, "clamp must be positive and finite"),
         (lambda: latentfast.difference_mask(Q[0], Q[0]), ValueError, r"target_preds must have shape \(N, B, C, …\)"),
@@ -452,7 +452,7 @@ def _to_mask(**options):
         (
             lambda: latentfast.flow_edit_step(Q, Q, Q, _same, _same, t=2.0, t_next=0.5),
             ValueError,
-            r"t must be in \[0, 1\], got 2.0",
+            r"t must lie in \[0, 1\], got 2.0",
         ),
         (
             lambda: latentfast.flow_edit_step(Q, Q, Q, _same, lambda z, t: z[:1], t=1.0, t_next=0.5),

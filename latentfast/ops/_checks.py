@@ -101,14 +101,16 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     """`value`, if it is a finite number from `low` to `high`."""
     if value.__class__ is float and low <= value <= high and -math.inf < value < math.inf:
         return value
-    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not isinstance(value, torch.SymFloat | torch.SymInt) and not (
         low <= value <= high and -math.inf < value < math.inf
     ):
-        limits = "" if low == -math.inf else f" and at least {low:g}"
-        limits += "" if high == math.inf else f" and at most {high:g}"
-        raise ValueError(f"{name} must be finite{limits}, got {value}")
+        if high < math.inf:
+            wanted = f"lie in [{low:g}, {high:g}]"
+        else:
+            wanted = "be finite" if low == -math.inf else f"be finite and at least {low:g}"
+        raise ValueError(f"{name} must {wanted}, got {value}")
     return value
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentfast.ops import _checks
-from latentfast.ops.stats import number, wide_of
+from latentfast.ops.stats import wide_of
 from latentfast.reference.stats import low_pass
 
 KINDS = ("butterworth", "gaussian", "ideal")
@@ -97,9 +97,9 @@ def frequency_mix(
     _checks.like("high", high, "low", low)
     if low.ndim != 5:
         raise ValueError(f"low must have 5 dimensions (B, C, T, H, W), got shape {tuple(low.shape)}")
-    cutoff = number("cutoff", cutoff, 0.0, 1.0)
-    temporal = cutoff if temporal_cutoff is None else number("temporal_cutoff", temporal_cutoff, 0.0, 1.0)
-    order = number("order", order)
+    cutoff = _checks.number("cutoff", cutoff, 0.0, 1.0)
+    temporal = cutoff if temporal_cutoff is None else _checks.number("temporal_cutoff", temporal_cutoff, 0.0, 1.0)
+    order = _checks.number("order", order)
     if kind not in KINDS:
         raise ValueError(f"kind must be butterworth, gaussian or ideal, got {kind!r}")
     if not low.numel():

@@ -15,7 +15,7 @@ from latentfast.ops._guidance import Options, guidance_gradients
 
 _MODES = tuple(mode for mode in GUIDANCE if mode != "zero")
 #: How many tensors one call of `combine` takes.
-_MOST = 8
+MOST_TENSORS = 8
 
 
 class _Guide(torch.autograd.Function):
@@ -379,8 +379,8 @@ def combine(tensors: Sequence[Tensor], coefficients: Sequence[float], *, out: Te
             return result
     if not isinstance(tensors, list | tuple):
         raise TypeError(f"tensors must be a list of tensors, got {type(tensors).__name__}")
-    if not 1 <= len(tensors) <= _MOST:
-        raise ValueError(f"tensors must be 1 to {_MOST} tensors, got {len(tensors)}")
+    if not 1 <= len(tensors) <= MOST_TENSORS:
+        raise ValueError(f"tensors must be 1 to {MOST_TENSORS} tensors, got {len(tensors)}")
     first = _checks.latent("tensors[0]", tensors[0])
     for i, x in enumerate(tensors):
         _checks.like(f"tensors[{i}]", x, "tensors[0]", first)

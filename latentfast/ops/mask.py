@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latentfast.backends import implementation
 from latentfast.ops import _checks
-from latentfast.ops._vectors import VectorMix
 from latentfast.ops.edit import _total as total
+from latentfast.ops.guidance import MOST_TENSORS, combine
 
 #: The widest head that the kernels hold a tile of: that of the attention kernels these heat maps stand beside.
 _WIDEST_HEAD = 256
@@ -199,15 +199,14 @@ def heatmap_to_mask(
     if min(grid) < 1 and min(size) > 0:
         raise ValueError(f"grid must not be empty for a mask of size {size}, got {grid}")
     for name, value in (("threshold", threshold), ("quantile", quantile)):
-        if value is not None and not math.isfinite(_number(name, value)):
-            raise ValueError(f"{name} must be finite, got {value}")
+        if value is not None:
+            _checks.number(name, value)
     if threshold is not None and quantile is not None:
         raise ValueError(f"threshold and quantile exclude each other, got {threshold} and {quantile}")
     if quantile is not None and not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be in [0, 1], got {quantile}")
     for name, value in (("softness", softness), ("smooth_time", smooth_time)):
-        if not 0 <= _number(name, value) < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        _checks.number(name, value, 0.0)
     if softness and threshold is None and quantile is None:
         raise ValueError(f"softness needs a threshold or a quantile, got {softness} without")
     if isinstance(dilate, bool) or not isinstance(dilate, int):
@@ -225,12 +224,6 @@ def heatmap_to_mask(
     return out
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    return value
-
-
 def _three(name: str, sizes: Sequence[int], form: str) -> tuple[int, int, int]:
     try:
         t, h, w = map(operator.index, sizes)
@@ -245,12 +238,15 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def _combined(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Σ c_i x_i, rounded once: the one place to put a fused linear combination."""
-    wide = _wide(tensors[0])
-    weights = torch.stack([tensors[0].new_full((1,), c, dtype=wide) for c in coefficients], -1).unsqueeze(0)
-    stacked = torch.stack(tuple(tensors))
-    flat = stacked.reshape(len(tensors), 1, 1, 1, -1)
-    return VectorMix.apply(flat, weights).reshape(tensors[0].shape)
+    """Σ c_i x_i, rounded once: `combine` for any number of tensors."""
+    if len(tensors) <= MOST_TENSORS:
+        return combine(tensors, coefficients)
+    wide, dtype = _wide(tensors[0]), tensors[0].dtype
+    total = combine([x.to(wide) for x in tensors[:MOST_TENSORS]], coefficients[:MOST_TENSORS])
+    for at in range(MOST_TENSORS, len(tensors), MOST_TENSORS - 1):
+        some = slice(at, at + MOST_TENSORS - 1)
+        total = combine([total, *(x.to(wide) for x in tensors[some])], [1.0, *coefficients[some]])
+    return total.to(dtype)
 
 
 def flow_edit_step(
@@ -302,8 +298,7 @@ def flow_edit_step(
         shape = tuple(source.shape)
         raise ValueError(f"noise must have shape {shape} or (N, *{shape}), got {tuple(noise.shape)}")
     for name, value in (("t", t), ("t_next", t_next)):
-        if not 0 <= _number(name, value) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+        _checks.number(name, value, 0.0, 1.0)
     draws = noise.unsqueeze(0) if noise.shape == source.shape else noise
     share = (t_next - t) / draws.shape[0]
     velocities = []
@@ -355,9 +350,9 @@ def difference_mask(
         raise ValueError(
             f"target_preds must have shape (N, B, C, …) with N, C of at least 1, got {tuple(target_preds.shape)}"
         )
-    if threshold is not None and not math.isfinite(_number("threshold", threshold)):
-        raise ValueError(f"threshold must be finite, got {threshold}")
-    if not 0 < _number("clamp", clamp) < math.inf:
+    if threshold is not None:
+        _checks.number("threshold", threshold)
+    if not _checks.number("clamp", clamp) > 0:
         raise ValueError(f"clamp must be positive and finite, got {clamp}")
     _frozen("target_preds", target_preds, "a mask")
     _frozen("source_preds", source_preds, "a mask")

@@ -20,15 +20,6 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
-        wanted = f"lie in [{low:g}, {high:g}]" if low > -math.inf else "be finite"
-        raise ValueError(f"{name} must {wanted}, got {value}")
-    return value
-
-
 def _layout(z: Tensor, channel_dim: object) -> tuple[int, _Layout]:
     """(channel_dim from the left, z's shape as (p, n, q, m): samples, positions, channels, positions)."""
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
@@ -204,7 +195,7 @@ def adain(z: Tensor, ref: Tensor, factor: float = 1.0, *, channel_dim: int = 1, 
     d, layout = _layout(_checks.latent("z", z), channel_dim)
     _checks.latent("ref", ref)
     _checks.same_kind("ref", ref, "z", z)
-    number("factor", factor)
+    _checks.number("factor", factor)
     if ref.ndim != z.ndim or ref.shape[d] != z.shape[d] or ref.shape[0] not in (1, z.shape[0]):
         wanted = [str(n) if i == d else "…" for i, n in enumerate(z.shape)]
         wanted[0] = f"{z.shape[0]} or 1"
@@ -318,7 +309,7 @@ def _packing(z: Tensor, patch: Sequence[int], size: Sequence[int] | None, invers
 
 def _affine(z, mean, std, scale, channel_dim, patch, size, inverse, out) -> Tensor:
     _, (p, n, q, m) = _layout(_checks.latent("z", z), channel_dim)
-    number("scale", scale)
+    _checks.number("scale", scale)
     if scale == 0:
         raise ValueError("scale must not be 0")
     if patch is None:
@@ -477,7 +468,7 @@ def tone_map(z: Tensor, compression: float, *, out: Tensor | None = None) -> Ten
         tensor([0.0000, 0.7000, 4.0000])
     """
     _checks.latent("z", z)
-    compression = float(number("compression", compression, 0.0, 1.0))
+    compression = float(_checks.number("compression", compression, 0.0, 1.0))
     z = z.contiguous()
     if out is not None:
         return _run_tone_map(z, None, compression, _checks.output(out, tuple(z.shape), "z", z, (z,)))
