@@ -59,7 +59,7 @@ def why_missing(target: Target) -> str:
 def skip_where_left_to_triton(operator: str, device: str) -> None:
     """On a GPU some operators have a Triton kernel alone."""
     forced = importlib.import_module("latentfast.backends")._forced
-    if operator in LEFT_TO_TRITON and device == "cuda" and forced == "cuda":
+    if operator in LEFT_TO_TRITON and device.startswith("cuda") and forced == "cuda":
         pytest.skip(f"{operator} has no kernel in CUDA C++, Triton's is the one for a GPU")
 
 

@@ -245,7 +245,7 @@ def _spec_map(heat: torch.Tensor, grid, size, **options) -> torch.Tensor:
 )
 def test_map_before_the_threshold(grid, size, options: dict, target: Target) -> None:
     heat = 5 + 3 * Draw(device=target.device).uniform(2, 3, math.prod(grid))
-    heat[0, 1] = heat[0, 1, 0]  # a constant map
+    heat[0, 1] = heat[0, 1, 0].clone()  # a constant map
 
     def spec(heat):
         return reference.mask.heatmap_to_mask(heat, grid, size, **options)

@@ -6,9 +6,11 @@ Without the caching allocator every tensor has bounds of its own, so that an acc
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the tests' table of operations
@@ -24,13 +26,18 @@ LARGE = (2, 16, 5, 60, 104)  # several chunks a vector, the aligned path
 def calls(dtype: torch.dtype) -> None:
     """Every operation of the tests' table, forward and backward at odd sizes, forward at a large one."""
     for operation in OPERATIONS:
-        inputs = operation.inputs(Draw(dtype, "cuda"), ODD)
+        try:
+            inputs = operation.inputs(Draw(dtype, "cuda"), ODD)
+        except pytest.skip.Exception as reason:  # the backend leaves it to another
+            print(f"{operation}: {reason}")
+            continue
         if operation.differentiable:
             gradients(operation.call, inputs, operation.differentiable)
         else:
             operation.call(**inputs)
     for operation in LIGHT:
-        operation.call(**operation.inputs(Draw(dtype, "cuda"), LARGE))
+        with contextlib.suppress(pytest.skip.Exception):
+            operation.call(**operation.inputs(Draw(dtype, "cuda"), LARGE))
     a, b = (x.flatten()[1:] for x in Draw(dtype, "cuda").normal(2, *LARGE))  # not at 16 bytes
     latentfast.slerp(a, b, 0.5)
     latentfast.slerp(a, -a, 0.5)

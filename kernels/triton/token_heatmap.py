@@ -208,18 +208,18 @@ def _fold(x, y, c, each, top, norm, here, EVEN: tl.constexpr):
     return base, norm * tl.exp2(top - base) + tl.sum(tl.exp2(tl.fma(s, c, -base[:, None])), 1)
 
 
-@triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups"])
+@triton.jit(do_not_specialize=[*_ENTRIES, "count"])
 def _heat_resident(
     q, k, out,
     e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64, e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
     e8: tl.int64, e9: tl.int64, e10: tl.int64, e11: tl.int64, e12: tl.int64, e13: tl.int64, e14: tl.int64,
     e15: tl.int64,
-    scale: tl.float64, share: tl.float64, count, groups, batch, heads, queries, keys, width, tiles, programs,
+    scale: tl.float64, share: tl.float64, count, batch, heads, queries, keys, width, tiles, programs,
     q_b, q_h, q_n, k_b, k_h, k_n,
     EVEN_KEYS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
-    TILES: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[head, b, g, query], for every `programs`-th tile of queries; entries as in `_heat`. TILES ≤ 4 of keys."""
+    """out[head, b, entry, query], for every `programs`-th tile of queries; entries as in `_heat`. TILES ≤ 4 of keys."""
     pid = tl.program_id(0)
     first = pid % programs
     head = (pid // programs % heads).to(tl.int64)
@@ -255,7 +255,7 @@ def _heat_resident(
         y2 = tl.load(k_tile + 2 * step, mask=within, other=0.0)
         y3 = tl.load(k_tile + 3 * step, mask=here[:, None] & within, other=0.0)
 
-    out += (head * batch + b) * groups * queries
+    out += (head * batch + b) * count * queries
     zero = tl.full([], 0, tl.int64)
     for tile in tl.range(first, tiles, programs, num_stages=STAGES):
         at = (zero + tile) * ROWS + row
@@ -272,13 +272,35 @@ def _heat_resident(
             top, norm = _fold(x, y2, c, each, top, norm, here, EVEN_KEYS or TILES > 3)
         if TILES > 3:
             top, norm = _fold(x, y3, c, each, top, norm, here, EVEN_KEYS)
-        mass = (
-            tl.exp2(tl.fma(_product(x, y_used), c, -top[:, None])) * (tl.full([1], share, tl.float32) / norm)[:, None]
-        )
-        mass = tl.where(used[None, :], mass, 0.0)
-        for g in tl.static_range(GROUPS):  # a loop inside would keep the one around it from reading ahead
-            belongs = ((entries >> (32 + g)) & 1).to(tl.float32)
-            tl.store(out + (zero + g) * queries + at, tl.sum(mass * belongs[None, :], 1), mask=own & (g < groups))
+        mass = tl.exp2(tl.fma(_product(x, y_used), c, -top[:, None]))
+        mass = mass * (tl.full([1], share, tl.float32) / norm)[:, None]
+        tl.store(out + lane[None, :] * queries + at[:, None], mask=own[:, None] & used[None, :], value=mass)
+
+
+@triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups"])
+def _add_heads(
+    parts, out,
+    e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64, e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
+    e8: tl.int64, e9: tl.int64, e10: tl.int64, e11: tl.int64, e12: tl.int64, e13: tl.int64, e14: tl.int64,
+    e15: tl.int64,
+    count, groups, batch, heads, queries, blocks, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[b, g, query]: the sum of parts[head, b, entry, query] over a group's entries, then over the heads."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    g = pid // blocks % groups
+    b = (pid // blocks // groups).to(tl.int64)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, 16)
+    entries = _entries(e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
+    belongs = (lane < count) & (((entries >> (32 + g)) & 1) == 1)
+    own = at < queries
+    parts += (b * count + lane[:, None]) * queries + at[None, :]
+    each = batch.to(tl.int64) * count * queries
+    total = tl.zeros([BLOCK], tl.float32)
+    for h in range(heads):
+        total += tl.sum(tl.load(parts + h * each, mask=belongs[:, None] & own[None, :], other=0.0), 0)
+    tl.store(out + (b * groups + g) * queries + at, total, mask=own)
 
 
 @triton.jit
@@ -339,11 +361,11 @@ def _strides(x: Tensor, heads_last: bool) -> tuple[int, int, int]:
     return (b, second, first) if heads_last else (b, first, second)
 
 
-def _resident(q: Tensor, queries: int, keys: int, groups: int, padded: int) -> bool:
+def _resident(q: Tensor, queries: int, keys: int, padded: int) -> bool:
     """Whether a head's keys are kept in shared memory: a matter of sizes alone, whatever the batch."""
     cols = _RESIDENT_TILE[1]
     fits = q.element_size() == 2 and padded in (64, 128) and keys <= _RESIDENT_TILES * cols
-    return fits and keys > cols // 2 and groups <= USED and queries >= _RESIDENT_QUERIES
+    return fits and keys > cols // 2 and queries >= _RESIDENT_QUERIES
 
 
 def _sum_parts(partial: Tensor, out: Tensor) -> None:
@@ -379,20 +401,23 @@ def token_heatmap(
         padded = max(16, pow2(width))
         q, k = aligned(q), aligned(k)
         weights = None if weights is None else aligned(weights)
-        if entries is not None and key_mask is None and _resident(q, queries, count, groups, padded):
+        if entries is not None and key_mask is None and _resident(q, queries, count, padded):
             rows, cols = _RESIDENT_TILE
-            tiles, parts = cdiv(queries, rows), heads
-            partial = out.new_empty((parts, *out.shape))
+            tiles, named = cdiv(queries, rows), _padded(entries)
+            partial = out.new_empty((heads, batch, len(entries), queries))
             programs = max(1, min(tiles, _RESIDENT_PROGRAMS // (heads * batch)))
             _heat_resident[(programs * heads * batch,)](
-                q, k, partial, *_padded(entries), scale * _LOG2E, 1.0 / heads, len(entries), groups,
+                q, k, partial, *named, scale * _LOG2E, 1.0 / heads, len(entries),
                 batch, heads, queries, count, width, tiles, programs,
                 *_strides(q, q_heads_last), *_strides(k, k_heads_last),
-                EVEN_KEYS=count % cols == 0, ROWS=rows, COLS=cols, WIDTH=padded,
-                TILES=cdiv(count, cols), GROUPS=pow2(groups), STAGES=_RESIDENT_STAGES,
-                num_warps=_RESIDENT_WARPS, enable_fp_fusion=False,
+                EVEN_KEYS=count % cols == 0, ROWS=rows, COLS=cols, WIDTH=padded, TILES=cdiv(count, cols),
+                STAGES=_RESIDENT_STAGES, num_warps=_RESIDENT_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-            _sum_parts(partial, out)
+            block = 256
+            blocks = cdiv(queries, block)
+            _add_heads[(batch * groups * blocks,)](
+                partial, out, *named, len(entries), groups, batch, heads, queries, blocks, BLOCK=block, num_warps=4
+            )
             return
         rows, cols, warps, stages = _TILES[q.element_size(), padded > 128]
         tiles, parts = cdiv(queries, rows), cdiv(heads, _HEADS)
