@@ -209,11 +209,9 @@ def _speedups(gpu: list[Row], cpu: list[Row]) -> bytes:
         "cpu": (chosen(cpu), "device_us", _machine(cpu)),
     }
     panels = {name: panel for name, panel in panels.items() if any(speedups(row, panel[1]) for row in panel[0])}
-    lines = [[name for name in ("device", "host") if name in panels], ["cpu"] if "cpu" in panels else []]
-    lines = [line for line in lines if line]
-    heights = [0.42 * max(len(panels[name][0]) for name in line) + 0.9 for line in lines]
-    layout = [line * (2 if len(line) == 1 else 1) for line in lines]
-    with _figure(layout, (13.5, sum(heights) + 0.6), heights, f"Times as fast: {_machine(gpu or cpu)}") as figure:
+    heights = [0.34 * len(panel[0]) + 0.9 for panel in panels.values()]
+    title = f"Times as fast: {_machine(gpu or cpu)}"
+    with _figure([[name] for name in panels], (11.5, sum(heights) + 0.6), heights, title) as figure:
         axes, finish = figure
         for name, (rows, clock, title) in panels.items():
             _bars(axes[name], rows, clock, title)

@@ -1,4 +1,4 @@
-"""Tables of the rows: for a terminal, and the README's between its markers."""
+"""Tables of the rows: for a terminal, and those of docs/benchmarks.md between its markers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from rich.table import Table
 
 from latentfast.benchmarks.rows import Row, Times
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 #: The sizes as a reader knows them.
 SIZE_NAMES = {
@@ -131,7 +131,7 @@ def _per_add(row: Row) -> str:
 
 
 def _columns(rows: list[Row], clock: str) -> list[Column]:
-    """Of one table of the README, by `device_us` or `host_us`; what the peers say only where there are peers."""
+    """Of one table of the page, by `device_us` or `host_us`; what the peers say only where there are peers."""
     share = "of the floor" if any(row.flops for row in rows) else "of copy rate"
     columns: list[Column] = [
         ("operation", lambda row: f"`{row.title}`"),
@@ -171,7 +171,7 @@ def _host_table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The README's tables: for each machine its device times, and on a GPU the host's at batch 1."""
+    """The page's tables: for each machine its device times, and on a GPU the host's at batch 1."""
     machines: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         e = row.environment
@@ -194,9 +194,9 @@ def markdown(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def inserted(readme: str, table: str) -> str:
-    """`readme` with what stands between its markers replaced; ValueError if it has not exactly one pair."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"the README must hold {BEGIN} and after it {END}, each once")
-    before, rest = readme.split(BEGIN)
+def inserted(page: str, table: str) -> str:
+    """`page` with what stands between its markers replaced; ValueError if it has not exactly one pair."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page must hold {BEGIN} and after it {END}, each once")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"

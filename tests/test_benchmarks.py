@@ -207,10 +207,12 @@ def test_table_replaces_what_stands_between_the_markers():
 
 def test_readme_holds_the_committed_rows():
     committed = rows.load_all()
-    if not table.README.exists() or table.BEGIN not in table.README.read_text(encoding="utf-8") or not committed:
-        pytest.skip("no README with markers, or no rows yet")
-    text = table.README.read_text(encoding="utf-8")
-    assert table.inserted(text, table.markdown(committed)) == text, "run `latentfast bench table --readme README.md`"
+    if not table.PAGE.exists() or table.BEGIN not in table.PAGE.read_text(encoding="utf-8") or not committed:
+        pytest.skip("no page with markers, or no rows yet")
+    text = table.PAGE.read_text(encoding="utf-8")
+    assert table.inserted(text, table.markdown(committed)) == text, (
+        "run `latentfast bench table --page docs/benchmarks.md`"
+    )
 
 
 def test_committed_rows_are_complete_and_right():

@@ -80,7 +80,7 @@ def test_refusals_name_the_option(capsys, tmp_path: Path) -> None:
         (["list", "--only", "no such case"], "no case is left"),
         (["plot", "--results", tmp_path], f"no rows in {tmp_path}"),
         (["compare", tmp_path / "a", tmp_path / "b"], f"cannot read {tmp_path / 'a'}"),
-        (["table", "--readme", tmp_path / "none.md"], "--readme:"),
+        (["table", "--page", tmp_path / "none.md"], "--page:"),
     ]:
         assert expected in refused(capsys, *arguments), arguments
     words = tmp_path / "words.jsonl"
@@ -129,13 +129,13 @@ def test_plot_without_matplotlib_is_one_line(capsys, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_table_writes_and_checks_a_readme(tmp_path: Path, capsys) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nb\n")
-    assert run(capsys, "table", "--readme", readme, "--check")[0] == 1
-    assert run(capsys, "table", "--readme", readme)[0] == 0
-    assert run(capsys, "table", "--readme", readme, "--check")[0] == 0
-    assert "| `slerp` |" in readme.read_text() and readme.read_text().endswith("b\n")
+def test_table_writes_and_checks_a_page(tmp_path: Path, capsys) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\nb\n")
+    assert run(capsys, "table", "--page", page, "--check")[0] == 1
+    assert run(capsys, "table", "--page", page)[0] == 0
+    assert run(capsys, "table", "--page", page, "--check")[0] == 0
+    assert "| `slerp` |" in page.read_text() and page.read_text().endswith("b\n")
     status, out, _ = run(capsys, "table")
     assert status == 0 and "temporal_loss_and_grad" in out
 

@@ -156,28 +156,28 @@ def plot(
 @app.command()
 def table(
     results: Results = None,
-    readme: Annotated[
+    page: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Put the tables between this file's markers; default: only show the rows."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 if the tables differ.")] = False,
 ) -> None:
-    """Show the rows, or write their tables into a README."""
+    """Show the rows, or write their tables into a page."""
     from latentfast.benchmarks.table import inserted, markdown, terminal
 
     rows = _committed(results)
-    if readme is None:
+    if page is None:
         _console().print(terminal(rows))
         return
     try:
-        old = readme.read_text(encoding="utf-8")
+        old = page.read_text(encoding="utf-8")
         new = inserted(old, markdown(rows))
     except (OSError, ValueError) as error:
-        raise UserError(f"--readme: {error}") from None
+        raise UserError(f"--page: {error}") from None
     if not check:
-        readme.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     elif new != old:
-        _console().print(f"{readme}: the tables are not those of the rows", soft_wrap=True)
+        _console().print(f"{page}: the tables are not those of the rows", soft_wrap=True)
         raise typer.Exit(1)
 
 
