@@ -255,7 +255,7 @@ WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
     "a mode unknown": ("guide", {"mode": "cfg++"}, ValueError, "mode must be one of"),
     "scale of text": ("guide", {"scale": "5"}, TypeError, "scale must be"),
     "scale of inf": ("guide", {"scale": float("inf")}, ValueError, "scale must be"),
-    "rescale of 2": ("guided_step", {"rescale": 2.0}, ValueError, "rescale must be"),
+    "rescale of 2": ("guided_step", {"rescale": 2.0}, ValueError, "rescale must lie"),
     "original of 1": ("guide", {"original": 1}, TypeError, "original must be"),
     "zero of cfg": ("guide", {"zero_init": True}, ValueError, "zero_init belongs"),
     "a momentum": ("guided_step, apg", {"momentum": -0.5, "momentum_buffer": torch.zeros(SHAPE)}, None, ""),
@@ -349,7 +349,8 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
     for _ in range(3):
         blocks = sys.getallocatedblocks()
         run(10_000)
-        assert counts() == before
+        # a leak would be 10,000; others take and drop a reference to torch's own objects now and then
+        assert all(now - then < 100 for now, then in zip(counts(), before, strict=True))
         grown.append(sys.getallocatedblocks() - blocks)
     # a leak of one object a call would be 10,000 each time; what Python keeps of other things comes once
     assert min(grown) < 1000

@@ -74,7 +74,9 @@ class Operation:
     @property
     def widens(self) -> bool:
         """Whether the result is float32 at least, whatever the inputs' dtype."""
-        return self.function.endswith("loss") or self.function in ("token_heatmap", "heatmap_to_mask", "latent_to_rgb")
+        return self.function.endswith("loss") or self.function in (
+            "token_heatmap", "heatmap_to_mask", "latent_to_rgb", "channel_stats",
+        )  # fmt: skip
 
     @property
     def latents(self) -> tuple[str, ...]:
