@@ -1,17 +1,12 @@
 """Temporal losses: the operators' signatures in front of the reference."""
 
 import torch
-from torch import Tensor
 
 from latentfast import reference
 from latentfast._operators import NORMS
+from latentfast.reference._common import working
 
 _NORM_NAMES = {code: name for name, code in NORMS.items()}
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Halves as float32: a gradient of them would be rounded before it is scaled."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def temporal_loss(z, ref, mask, first, second, norm, eps, grad_scale, frame_dim, loss, grad) -> None:
@@ -19,7 +14,8 @@ def temporal_loss(z, ref, mask, first, second, norm, eps, grad_scale, frame_dim,
     if grad is None:
         loss.view(-1).copy_(reference.temporal.temporal_loss(z, ref, mask, reduction="none", **options))
         return
-    z, ref = _widened(z), None if ref is None else _widened(ref)
+    # a gradient of halves would be rounded before it is scaled
+    z, ref = working(z), None if ref is None else working(ref)
     value, gradient = reference.temporal.temporal_loss_and_grad(z, ref, mask, reduction="none", **options)
     loss.view(-1).copy_(value)
     grad.copy_(gradient * grad_scale)
@@ -27,7 +23,7 @@ def temporal_loss(z, ref, mask, first, second, norm, eps, grad_scale, frame_dim,
 
 def warp_loss(z, flow, mask, grad_scale, frame_dim, loss, grad) -> None:
     with torch.enable_grad():
-        leaf = _widened(z.detach()).requires_grad_(grad is not None)
+        leaf = working(z.detach()).requires_grad_(grad is not None)
         value = reference.temporal.warp_loss(leaf, flow, mask, frame_dim=frame_dim, reduction="none")
         if grad is not None and value.requires_grad:
             (gradient,) = torch.autograd.grad(value.sum(), leaf)

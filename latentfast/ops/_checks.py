@@ -2,12 +2,23 @@
 expectation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision that elements of `dtype` are computed in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shares_memory(x: Tensor, others: Iterable[Tensor | None]) -> bool:
+    """Whether some of `others` lies in `x`'s memory."""
+    storage = x.untyped_storage().data_ptr()
+    return bool(storage) and any(o is not None and o.untyped_storage().data_ptr() == storage for o in others)
 
 
 def latent(name: str, x: object) -> Tensor:
@@ -90,8 +101,7 @@ def output(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         raise ValueError("out cannot be given while an input requires grad; call it under torch.no_grad()")
     if not torch.compiler.is_compiling():
-        storage = out.untyped_storage().data_ptr()
-        if storage and any(x is not None and x.untyped_storage().data_ptr() == storage for x in inputs):
+        if shares_memory(out, inputs):
             raise ValueError("out must not share memory with an input, got one that does")
         torch.autograd.graph.increment_version(out)
     return out

@@ -46,7 +46,7 @@ class _Edit(torch.autograd.Function):
     def backward(ctx, grad):
         directions, strengths, mask = ctx.saved_tensors
         want_z, want_d, want_s, _, want_m = ctx.needs_input_grad
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        wide = _checks.wide(grad.dtype)
         s = on_device(ctx.host, grad, wide) if strengths is None else strengths.to(wide)
         n = s.shape[0]
         g = grad.to(wide)
@@ -171,7 +171,7 @@ def _device_strengths(strengths: Tensor, z: Tensor) -> Tensor:
     if strengths.ndim not in (1, 2) or (strengths.ndim == 2 and strengths.shape[1] != batch):
         raise ValueError(f"strengths must have shape (N,) or (N, {batch}), got {tuple(strengths.shape)}")
     _checks.same_device("strengths", strengths, "z", z)
-    return strengths.to(torch.float64 if z.dtype == torch.float64 else torch.float32).contiguous()
+    return strengths.to(_checks.wide(z.dtype)).contiguous()
 
 
 class _Blend(torch.autograd.Function):
@@ -190,7 +190,7 @@ class _Blend(torch.autograd.Function):
         share = (grad * mask).to(grad.dtype) if want_base or want_edited else None
         grad_mask = None
         if want_mask:
-            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            wide = _checks.wide(grad.dtype)
             grad_mask = _summed_to(grad.to(wide) * (edited.to(wide) - base.to(wide)), mask).to(mask.dtype)
         return grad - share if want_base else None, share if want_edited else None, grad_mask
 

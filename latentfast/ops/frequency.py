@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from latentfast.ops import _checks
-from latentfast.ops.stats import wide_of
 from latentfast.reference.stats import low_pass
 
 KINDS = ("butterworth", "gaussian", "ideal")
@@ -40,7 +39,7 @@ class _FrequencyMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, low, high, response):
         ctx.response = response
-        wide = wide_of(low.dtype)
+        wide = _checks.wide(low.dtype)
         base = high.to(wide)
         # linear: one transform of the difference in place of one of each
         return _filtered(low.to(wide) - base, response).add_(base).to(low.dtype)
@@ -48,7 +47,7 @@ class _FrequencyMix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        wide = grad.to(wide_of(grad.dtype))
+        wide = grad.to(_checks.wide(grad.dtype))
         passed = _filtered(wide, ctx.response)  # real and even: its own adjoint
         grad_high = (wide - passed).to(grad.dtype) if ctx.needs_input_grad[1] else None
         return passed.to(grad.dtype) if ctx.needs_input_grad[0] else None, grad_high, None
@@ -107,5 +106,5 @@ def frequency_mix(
     # A tensor made while a graph is traced or captured belongs to that graph.
     traced = torch.compiler.is_compiling() or (low.is_cuda and torch.cuda.is_current_stream_capturing())
     build = _half_spectrum if traced else _kept_half_spectrum
-    response = build(tuple(low.shape[-3:]), cutoff, order, temporal, kind, wide_of(low.dtype), low.device)
+    response = build(tuple(low.shape[-3:]), cutoff, order, temporal, kind, _checks.wide(low.dtype), low.device)
     return _FrequencyMix.apply(low, high, response)

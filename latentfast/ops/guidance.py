@@ -37,7 +37,7 @@ class _Guide(torch.autograd.Function):
         cond, uncond, mask, momentum = ctx.saved_tensors
         options, sigma, by_p = ctx.rest
         want_cond, want_uncond, want_sample, want_known = ctx.needs_input_grad[:4]
-        wide = torch.float64 if cond.dtype == torch.float64 else torch.float32
+        wide = _checks.wide(cond.dtype)
         g = grad.to(wide)
         step = g if mask is None else g * mask
         of_known = (g - step).to(cond.dtype) if want_known else None
@@ -145,8 +145,7 @@ def _run(
 
 
 def _check_apart(name: str, x: Tensor, others: tuple[Tensor | None, ...]) -> None:
-    storage = x.untyped_storage().data_ptr()
-    if storage and any(other is not None and other.untyped_storage().data_ptr() == storage for other in others):
+    if _checks.shares_memory(x, others):
         raise ValueError(f"{name} must not share memory with another argument, got one that does")
 
 

@@ -77,7 +77,7 @@ def _device_values(name: str, t: Tensor, a: Tensor, lead: tuple[int, ...], kept:
     if t.dtype not in _checks.DTYPES:
         raise TypeError(f"{name} must be a float or a floating tensor, got {t.dtype}")
     _checks.same_device(name, t, "a", a)
-    t = t.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
+    t = t.to(_checks.wide(a.dtype))
     k = lead[0] if lead else 1
     if t.ndim <= len(lead) or t.numel() == k:
         return t.reshape(k, 1).contiguous()
@@ -136,7 +136,7 @@ def _interpolate(mode: str, a: Tensor, b: Tensor, t, dim: _Dim, out: Tensor | No
         if torch.compiler.is_compiling():
             # An opaque operator fixes the value of a float, which would mean a compilation for every t; a product of a
             # tensor does not.
-            wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+            wide = _checks.wide(a.dtype)
             device = torch.ones((1, 1), dtype=wide, device=a.device) * t  # type: ignore[operator, assignment]
         else:
             host = [t]  # type: ignore[list-item]
@@ -379,7 +379,7 @@ def interpolate_keys(keys: Tensor, ts: Sequence[float], *, mode: str = "slerp", 
 
 def _mix_keys(keys: Tensor, weights: list[dict[int, float]]) -> Tensor:
     n, k = keys.shape[0], len(weights)
-    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    wide = _checks.wide(keys.dtype)
     rows = [row.get(i, 0.0) for row in weights for i in range(n)]
     coefficients = on_device(rows, keys, wide).view(k, 1, n)
     mixed = VectorMix.apply(keys.reshape(n, 1, 1, 1, math.prod(keys.shape[1:])), coefficients)

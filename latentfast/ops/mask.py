@@ -74,7 +74,7 @@ def token_heatmap(
         raise TypeError(f"scale must be a float, got {type(scale).__name__}")
     elif not (0 < scale < math.inf):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    wide = _wide(q)
+    wide = _checks.wide(q.dtype)
     weights: Tensor | None = None
     keys: list[int] = []
     sizes: list[int] = []
@@ -100,10 +100,6 @@ def token_heatmap(
         q, k, q_heads_last, k_heads_last, weights, keys, sizes, key_mask, float(scale), out
     )
     return out
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _frozen(name: str, x: Tensor | None, result: str) -> None:
@@ -214,7 +210,7 @@ def heatmap_to_mask(
     if dilate < 0:
         raise ValueError(f"dilate must not be negative, got {dilate}")
     _frozen("heat", heat, "a mask")
-    wide = _wide(heat)
+    wide = _checks.wide(heat.dtype)
     out = torch.empty((*heat.shape[:2], *size), dtype=wide, device=heat.device)
     implementation("heatmap_to_mask", heat)(
         heat.to(wide).contiguous(), list(grid), math.nan if threshold is None else float(threshold),
@@ -241,7 +237,7 @@ def _combined(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tenso
     """Σ c_i x_i, rounded once: `combine` for any number of tensors."""
     if len(tensors) <= MOST_TENSORS:
         return combine(tensors, coefficients)
-    wide, dtype = _wide(tensors[0]), tensors[0].dtype
+    wide, dtype = _checks.wide(tensors[0].dtype), tensors[0].dtype
     total = combine([x.to(wide) for x in tensors[:MOST_TENSORS]], coefficients[:MOST_TENSORS])
     for at in range(MOST_TENSORS, len(tensors), MOST_TENSORS - 1):
         some = slice(at, at + MOST_TENSORS - 1)
@@ -358,7 +354,7 @@ def difference_mask(
     _frozen("source_preds", source_preds, "a mask")
     if not target_preds.shape[1]:
         shape = (0, 1, *target_preds.shape[3:])
-        return target_preds.new_empty(shape, dtype=_wide(target_preds))
+        return target_preds.new_empty(shape, dtype=_checks.wide(target_preds.dtype))
     # one sample after another: in a batch torch's sums could run in another order
     return torch.stack(
         [
@@ -370,7 +366,7 @@ def difference_mask(
 
 def _difference(target: Tensor, source: Tensor, threshold: float | None, clamp: float) -> Tensor:
     """The mask (1, …) of one sample's predictions (N, C, …)."""
-    wide = _wide(target)
+    wide = _checks.wide(target.dtype)
     apart = (target.to(wide) - source.to(wide)).abs().mean((0, 1)).unsqueeze(0)
     if not apart.numel():
         return apart

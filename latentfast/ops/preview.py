@@ -21,10 +21,6 @@ Factors = Tensor | Sequence[float] | Sequence[Sequence[float]]
 _RIDGE = 1e-10
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # --- latent_to_rgb ----------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +145,7 @@ def latent_to_rgb(
     x = z if frames else z.unsqueeze(2)
     if not x.is_contiguous():
         x = x.contiguous()
-    result_dtype = dtype if dtype == torch.uint8 else _wide(z)
+    result_dtype = dtype if dtype == torch.uint8 else _checks.wide(z.dtype)
     if out is not None:
         if isinstance(out, Tensor):
             if out.dtype != result_dtype:
@@ -178,7 +174,7 @@ def _size(size: object) -> tuple[int, int]:
 
 def _factors(name: str, values: Factors, shape: tuple[int, ...], z: Tensor) -> Tensor:
     """Factors of `shape` on `z`'s device in the precision that its elements are computed in, contiguous."""
-    wide = _wide(z)
+    wide = _checks.wide(z.dtype)
     if not isinstance(values, Tensor):
         return _device_factors(name, values, shape, z.device, wide)
     if values.dtype not in _checks.DTYPES:

@@ -16,10 +16,6 @@ _Layout = tuple[int, int, int, int]
 _PerChannel = Tensor | Sequence[float]
 
 
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _layout(z: Tensor, channel_dim: object) -> tuple[int, _Layout]:
     """(channel_dim from the left, z's shape as (p, n, q, m): samples, positions, channels, positions)."""
     if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
@@ -57,7 +53,7 @@ def _moments_gradient(z: Tensor, layout: _Layout, grad_mean: Tensor, grad_std: T
     """The gradient in z of its channels' mean and std, whose gradients are (p, 1, q, 1) float64."""
     mean, std = stats or _stats(z, layout, torch.float64)
     count = layout[1] * layout[3]
-    wide = wide_of(z.dtype)
+    wide = _checks.wide(z.dtype)
     slope = grad_std * _inverse(std) / max(count - 1, 1)
     rest = z.view(layout).to(wide) - mean.to(wide)
     out = rest.mul_(slope.to(wide)).add_((grad_mean / max(count, 1)).to(wide))
@@ -70,7 +66,7 @@ class _ChannelStats(torch.autograd.Function):
         ctx.save_for_backward(z)
         ctx.layout = layout
         p, _, q, _ = layout
-        mean, std = _stats(z, layout, wide_of(z.dtype))
+        mean, std = _stats(z, layout, _checks.wide(z.dtype))
         return mean.view(p, q), std.view(p, q)
 
     @staticmethod
@@ -113,7 +109,7 @@ def channel_stats(z: Tensor, *, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
     if _wants_gradient(z):
         return _ChannelStats.apply(z, layout)
     p, _, q, _ = layout
-    mean, std = (torch.empty((p, q), dtype=wide_of(z.dtype), device=z.device) for _ in range(2))
+    mean, std = (torch.empty((p, q), dtype=_checks.wide(z.dtype), device=z.device) for _ in range(2))
     implementation("channel_stats", z)(z, *layout, mean, std)
     return mean, std
 
@@ -137,7 +133,7 @@ class _Adain(torch.autograd.Function):
         z, ref = ctx.saved_tensors
         factor, layout, ref_layout = ctx.rest
         p, n, q, m = layout
-        count, wide = n * m, wide_of(z.dtype)
+        count, wide = n * m, _checks.wide(z.dtype)
         grad = grad.contiguous()
         mean, std = _stats(z, layout, torch.float64)
         ref_stats = _stats(ref, ref_layout, torch.float64)
@@ -250,7 +246,7 @@ def _per_channel(name: str, values: object, z: Tensor, channels: int) -> tuple[T
         _checks.same_device(name, values, "z", z)
         if _wants_gradient(values):
             raise ValueError(f"{name} requires grad, but is not differentiable here; pass {name}.detach()")
-        return values.to(wide_of(z.dtype)).contiguous(), []
+        return values.to(_checks.wide(z.dtype)).contiguous(), []
     try:
         host = [float(x) for x in values]  # type: ignore[attr-defined]
     except (TypeError, ValueError):

@@ -12,7 +12,7 @@ from latentfast.ops import _checks
 
 def _loss_dtype(z: Tensor) -> torch.dtype:
     """Losses of half-precision latents are float32: three digits would hide that a loss still falls."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+    return _checks.wide(z.dtype)
 
 
 def _headroom(z: Tensor) -> float:
@@ -332,7 +332,7 @@ def warp_loss(
     _checks.same_device("flow", flow, "z", z)
     _frozen("flow", flow)
     if flow.dtype != z.dtype and (flow.dtype != torch.float32 or z.dtype == torch.float64):
-        flow = flow.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
+        flow = flow.to(_checks.wide(z.dtype))
     if mask is not None:
         target = tuple(max(frames - 1, 0) if d == frame_dim else n for d, n in enumerate(z.shape))
         mask = _checks.mask_of("mask", mask, "z", z, target)

@@ -63,7 +63,7 @@ class _Stitch(torch.autograd.Function):
             low, high = ctx.clamp
             grad = torch.where((out > low) & (out < high), grad, 0)
         dtype = grad.dtype
-        wide = grad.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        wide = grad.to(_checks.wide(dtype))
         t, h, w = ctx.axes
         wanted = iter(ctx.needs_input_grad[5:])
         grads: list[Tensor | None] = []
