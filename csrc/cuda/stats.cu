@@ -7,9 +7,10 @@
 // - A channel that is one run and fits into the registers of a block (LTX-Video's: 10 KB in bfloat16) is held
 //   there, and the reference's beside it: every element is read once. A block's loads are all under way
 //   together, and while one block of a multiprocessor adds up, others read and write. Deviations are taken
-//   from the mean in a second walk through the registers, so float32 sums lose nothing.
+//   from the mean in a second walk through the registers, so float32 sums lose nothing. channel_stats of such
+//   channels does the same, in one launch.
 // - Any other channel is cut into parts that all multiprocessors share (vector_sums.cuh), summed up in
-//   float64, and read a second time.
+//   float64, and by adain read a second time.
 // Which of the two depends on the channels' sizes and the dtype alone, and so does the order of every sum.
 
 #include "affines.cuh"
@@ -40,7 +41,7 @@ __device__ __forceinline__ Affine<To> restyling(const Moments<C>& own, const Mom
 
 // --- adain of channels that a block holds ---
 
-constexpr int kMostPacks = 4;  // of each tensor that a thread holds
+constexpr int kMostPacks = 4;  // of each tensor that a thread of the largest blocks holds
 
 template <typename T>
 struct ResidentParams {
@@ -159,6 +160,13 @@ __device__ __forceinline__ void add_up_block(C (&x)[kCount], C* room) {
   for (int s = 0; s < kCount; ++s) x[s] = fold(lane < warps ? room[s * 32 + lane] : C(0));
 }
 
+// What is known of a held row after its first walk: the mean as it will be subtracted.
+template <typename C>
+__device__ __forceinline__ Moments<C> held_moments(C mean, C sum, C squares, int count) {
+  const C left = sum / count;  // what the mean's rounding left
+  return {mean, left, sqrt(not_negative((squares - sum * left) / max(count - 1, 1)))};
+}
+
 template <typename T, int kPacks, int kMostThreads, int kBlocks>
 __global__ void __launch_bounds__(kMostThreads, kBlocks)
     resident_adain_kernel(const __grid_constant__ ResidentParams<T> p) {
@@ -180,37 +188,86 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   z.squares_from(middle, p.m, rest[0], rest[1]);
   ref.squares_from(ref_middle, p.ref_m, rest[2], rest[3]);
   add_up_block(rest, room[2]);
-  // what the mean's rounding left is known now as well
-  const auto moments = [](C mean, C sum, C squares, int count) -> Moments<C> {
-    const C left = sum / count;
-    return {mean, left, sqrt(not_negative((squares - sum * left) / max(count - 1, 1)))};
-  };
-  const Moments<C> own = moments(middle, rest[0], rest[1], p.m);
-  const Moments<C> style = moments(ref_middle, rest[2], rest[3], p.ref_m);
+  const Moments<C> own = held_moments(middle, rest[0], rest[1], p.m);
+  const Moments<C> style = held_moments(ref_middle, rest[2], rest[3], p.ref_m);
   z.store(p.out + channel * p.m, p.m, p.quads, restyling<C>(own, style, p.factor));
+}
+
+template <typename T, typename M, int kPacks, int kMostThreads, int kBlocks>
+__global__ void __launch_bounds__(kMostThreads, kBlocks)
+    resident_stats_kernel(const T* x, int m, bool quads, M* mean, M* std) {
+  using C = Wide<T>;
+  __shared__ C room[1 + 2][32];
+  const int64_t channel = blockIdx.x;
+  const T* const row = x + channel * m;
+  HeldRow<T, kPacks> held;
+  held.load(row, m, quads);
+  const C first = widen(*row);
+
+  C sum[1] = {held.sum_from(first, m)};
+  add_up_block(sum, room[0]);
+  const C middle = first + sum[0] / m;
+
+  C rest[2];
+  held.squares_from(middle, m, rest[0], rest[1]);
+  add_up_block(rest, room[1]);
+  if (threadIdx.x == 0) {
+    const Moments<C> moments = held_moments(middle, rest[0], rest[1], m);
+    mean[channel] = static_cast<M>(moments.mean + moments.rest);
+    std[channel] = static_cast<M>(moments.std);
+  }
+}
+
+// Whether a block can hold channels of m elements, each of them one run.
+template <typename T>
+bool resident(const PartedVectors& channels) {
+  return channels.n == 1 && channels.m <= int64_t(kMostPacks) * 1024 * kPack<T> &&
+         channels.count <= INT32_MAX;
+}
+
+// launch.operator()<kPacks, kMostThreads, kBlocks>(threads) for rows of `m` elements. Small blocks: while one
+// of a multiprocessor's adds up, the others read and write.
+template <typename T, typename F>
+void dispatch_packs(int m, F&& launch) {
+  constexpr int kSmall = 128;
+  const int packs = ceil_div(m, kPack<T>);
+  const auto threads = [&](int each) { return ceil_div(ceil_div(packs, each), 32) * 32; };
+  switch (ceil_div(packs, kSmall)) {
+    case 1:
+      return launch.template operator()<1, kSmall, 12>(threads(1));
+    case 2:
+      return launch.template operator()<2, kSmall, 10>(threads(2));
+    case 3:
+      return launch.template operator()<3, kSmall, 8>(threads(3));
+    case 4:
+      return launch.template operator()<4, kSmall, 7>(threads(4));
+    case 5:
+    case 6:
+      return launch.template operator()<6, kSmall, 6>(threads(6));
+    default:
+      return launch.template operator()<kMostPacks, 1024, 1>(threads(kMostPacks));
+  }
 }
 
 template <typename T>
 void resident_adain(const Target& target, const ResidentParams<T>& params, int64_t channels) {
-  const int packs = ceil_div(std::max(params.m, params.ref_m), kPack<T>);
-  const auto launch = [&]<int kPacks, int kMostThreads, int kBlocks>() {
-    const int threads = ceil_div(ceil_div(packs, kPacks), 32) * 32;
-    resident_adain_kernel<T, kPacks, kMostThreads, kBlocks>
-        <<<static_cast<unsigned>(channels), threads, 0, target.stream>>>(params);
-    check_launch("adain");
-  };
-  switch (ceil_div(packs, 256)) {
-    case 1:
-      return launch.template operator()<1, 256, 6>();
-    case 2:
-      return launch.template operator()<2, 256, 5>();
-    case 3:
-      return launch.template operator()<3, 256, 5>();
-    case 4:
-      return launch.template operator()<4, 256, 4>();
-    default:
-      return launch.template operator()<kMostPacks, 1024, 1>();
-  }
+  dispatch_packs<T>(std::max(params.m, params.ref_m),
+                    [&]<int kPacks, int kMostThreads, int kBlocks>(int threads) {
+                      resident_adain_kernel<T, kPacks, kMostThreads, kBlocks>
+                          <<<static_cast<unsigned>(channels), threads, 0, target.stream>>>(params);
+                      check_launch("adain");
+                    });
+}
+
+template <typename T, typename M>
+void resident_stats(const Target& target, const T* x, const PartedVectors& channels, M* mean, M* std) {
+  const int m = static_cast<int>(channels.m);
+  const bool quads = aligned16(x) && m % kPack<T> == 0;
+  dispatch_packs<T>(m, [&]<int kPacks, int kMostThreads, int kBlocks>(int threads) {
+    resident_stats_kernel<T, M, kPacks, kMostThreads, kBlocks>
+        <<<static_cast<unsigned>(channels.count), threads, 0, target.stream>>>(x, m, quads, mean, std);
+    check_launch("channel_stats");
+  });
 }
 
 // --- sums of channels that many blocks share ---
@@ -343,6 +400,9 @@ void channel_stats(const View& z, int64_t p, int64_t n, int64_t q, int64_t m, co
     }
     const PartedVectors vectors(p, n, q, m);
     dispatch_floating(z.scalar_type(), "channel_stats", [&]<typename T>() {
+      if (resident<T>(vectors)) {
+        return resident_stats(target, data<T>(z), vectors, mutable_data<M>(mean), mutable_data<M>(std));
+      }
       const Workspace scratch(target, scratch_for(vectors) * static_cast<int64_t>(sizeof(double)));
       double* const sums = static_cast<double*>(scratch.data());
       shifted_sums(target, data<T>(z), vectors, sums);
@@ -370,9 +430,7 @@ void adain(const View& z, const View& ref, double factor, int64_t p, int64_t n, 
     const T* const from = data<T>(z);
     const T* const style = data<T>(ref);
     T* const to = mutable_data<T>(out);
-    constexpr int64_t kMost = int64_t(kMostPacks) * 1024 * kPack<T>;
-    if (vectors.n == 1 && styles.n == 1 && std::max(vectors.m, styles.m) <= kMost &&
-        vectors.count <= INT32_MAX) {
+    if (resident<T>(vectors) && resident<T>(styles)) {
       const bool quads = aligned16(from) && aligned16(style) && aligned16(to) && vectors.m % kPack<T> == 0 &&
                          styles.m % kPack<T> == 0;
       resident_adain<T>(target,

@@ -277,7 +277,7 @@ def _heat_resident(
         tl.store(out + lane[None, :] * queries + at[:, None], mask=own[:, None] & used[None, :], value=mass)
 
 
-@triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups"])
+@triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups", "batch"])  # batch of 1 would be a number, not a tensor
 def _add_heads(
     parts, out,
     e0: tl.int64, e1: tl.int64, e2: tl.int64, e3: tl.int64, e4: tl.int64, e5: tl.int64, e6: tl.int64, e7: tl.int64,
