@@ -3,9 +3,9 @@
 // Memory bounds it: most of the result lies in one tile and is a copy; in the seams two, four or (with
 // temporal tiles) eight tiles meet. What all frames and channels have in common is where the tiles lie: so a
 // thread keeps its place in a frame, a pack of 16 bytes, finds its tiles and their weights once, and walks
-// over the frames. A warp is 8 packs wide and 4 rows high: seams mostly end between warps (64 columns of a
-// half type), and each row of it is one 128-byte line. Rows that are no multiple of a pack, unaligned
-// pointers, and double go by the element.
+// over the frames, run by run of those that lie in the same temporal tiles. A warp is 8 packs wide and 4 rows
+// high: seams mostly end between warps (64 columns of a half type), and each row of it is one 128-byte line.
+// Rows that are no multiple of a pack, unaligned pointers, and double go by the element.
 //
 // In sequential order each product and each sum is rounded to the tiles' dtype, as diffusers' are, so nothing
 // may be contracted. The tile above was blended to its own left before this one is blended into it, hence the
@@ -190,60 +190,30 @@ __device__ __forceinline__ void store_raw(T* to, const Raw<T, V>& raw) {
   }
 }
 
-// A frame of the result on the way through the tiles.
-struct Walker {
-  int64_t left;  // frames still to do, of all planes
-  int64_t plane, t, frames;
-
-  __device__ __forceinline__ void next() {
-    if (++t == frames) {
-      t = 0;
-      ++plane;
-    }
-  }
+// The frames of the result that a thread walks over: `left` from frame t of a plane on.
+struct Frames {
+  int64_t left, plane, t;
 };
 
-// One temporal tile: U frames are in flight together.
-template <typename T, int V, bool kRound, bool kY, bool kX, int U>
-__device__ __forceinline__ void walk(const StitchParams<T>& p, Walker frame, const Place<Wide<T>>& y,
-                                     const Place<Wide<T>>& x, T* out) {
-  using C = Wide<T>;
-  const Corner<T> corner(p, 0, y, x);
-  Weight<C> wy{}, wx[V] = {};
-  if constexpr (kY) wy = weight_of<kRound>(p, 1, y);
-  if constexpr (kX) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) wx[v] = weight_of<kRound>(p, 2, x, v);
+// How many of them lie in the same temporal tiles in the same way, one after the other in each.
+template <typename C, typename T>
+__device__ __forceinline__ int64_t run_of(const StitchParams<T>& p, const Frames& frames,
+                                          const Place<C>& place) {
+  if (p.count[0] == 1) return frames.left;  // the tile's planes follow one another as the result's do
+  const auto entry = [&](int k, Entry what) { return p.entry(kEntries * k + what); };
+  int64_t end = p.frames;
+  if (place.blended) {
+    end = entry(place.k, kStart) + entry(place.k, kExtent);
+  } else if (place.k + 1 < p.count[0]) {
+    end = entry(place.k + 1, kStart);
   }
-  const int64_t frames = p.entry(kSize), out_step = p.height * p.width;
-  const auto batch = [&]<int N>() {
-    Loaded<T, V, kY, kX> loaded[N];
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      loaded[u].load(corner, frame.plane * frames + frame.t);
-      frame.next();
-    }
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if (!kY && !kX && !p.clamps) {
-        store_raw(out, loaded[u].own);
-      } else {
-        C value[V];
-        loaded[u].template mix<kRound>(wy, wx, value);
-        store_clamped(p, out, value);
-      }
-      out += out_step;
-    }
-    frame.left -= N;
-  };
-  while (frame.left >= U) batch.template operator()<U>();
-  while (frame.left > 0) batch.template operator()<1>();
+  return min(frames.left, end - frames.t);
 }
 
-// Several of them.
-template <typename T, int V, bool kRound, bool kY, bool kX>
-__device__ __forceinline__ void walk_clips(const StitchParams<T>& p, Walker frame, const Place<Wide<T>>& y,
-                                           const Place<Wide<T>>& x, T* out) {
+// U frames are in flight together.
+template <typename T, int V, bool kRound, bool kY, bool kX, int U>
+__device__ __forceinline__ void walk(const StitchParams<T>& p, Frames frames, const Place<Wide<T>>& y,
+                                     const Place<Wide<T>>& x, T* out) {
   using C = Wide<T>;
   Weight<C> wy{}, wx[V] = {};
   if constexpr (kY) wy = weight_of<kRound>(p, 1, y);
@@ -251,27 +221,54 @@ __device__ __forceinline__ void walk_clips(const StitchParams<T>& p, Walker fram
 #pragma unroll
     for (int v = 0; v < V; ++v) wx[v] = weight_of<kRound>(p, 2, x, v);
   }
-  for (; frame.left > 0; --frame.left) {
-    const Place<C> t = locate<C>(p, 0, frame.t);
-    Loaded<T, V, kY, kX> loaded, earlier;
-    loaded.load(Corner<T>(p, t.k, y, x), frame.plane * t.size + t.at);
-    if (t.blended) earlier.load(Corner<T>(p, t.k - 1, y, x), frame.plane * t.size_before + t.before);
-    if (!kY && !kX && !p.clamps && !t.blended) {
-      store_raw(out, loaded.own);
-    } else {
-      C value[V];
-      loaded.template mix<kRound>(wy, wx, value);
-      if (t.blended) {
-        const Weight<C> wt = weight_of<kRound>(p, 0, t);
-        C before[V];
-        earlier.template mix<kRound>(wy, wx, before);
+  const int64_t out_step = p.height * p.width;
+  while (frames.left > 0) {
+    const Place<C> t = locate<C>(p, 0, frames.t);
+    const int64_t run = run_of(p, frames, t);
+    const Corner<T> own(p, t.k, y, x);
+    int64_t at = frames.plane * t.size + t.at, left = run;
+    if (!t.blended) {
+      const auto batch = [&]<int N>() {
+        Loaded<T, V, kY, kX> loaded[N];
 #pragma unroll
-        for (int v = 0; v < V; ++v) value[v] = mixed<T, kRound>(before[v], value[v], wt);
+        for (int u = 0; u < N; ++u) loaded[u].load(own, at++);
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          if (!kY && !kX && !p.clamps) {
+            store_raw(out, loaded[u].own);
+          } else {
+            C value[V];
+            loaded[u].template mix<kRound>(wy, wx, value);
+            store_clamped(p, out, value);
+          }
+          out += out_step;
+        }
+      };
+      for (; left >= U; left -= U) batch.template operator()<U>();
+      for (; left > 0; --left) batch.template operator()<1>();
+    } else {
+      const Corner<T> earlier(p, t.k - 1, y, x);
+      int64_t before = frames.plane * t.size_before + t.before;
+      for (int frame = 0; left > 0; --left) {
+        Loaded<T, V, kY, kX> loaded, loaded_before;
+        loaded.load(own, at++);
+        loaded_before.load(earlier, before++);
+        C value[V], value_before[V];
+        loaded.template mix<kRound>(wy, wx, value);
+        loaded_before.template mix<kRound>(wy, wx, value_before);
+        const Weight<C> wt = weight_of<kRound>(p, 0, t, frame++);
+#pragma unroll
+        for (int v = 0; v < V; ++v) value[v] = mixed<T, kRound>(value_before[v], value[v], wt);
+        store_clamped(p, out, value);
+        out += out_step;
       }
-      store_clamped(p, out, value);
     }
-    out += p.height * p.width;
-    frame.next();
+    frames.left -= run;
+    frames.t += run;
+    if (frames.t >= p.frames) {  // beyond only with one temporal tile, when all is done
+      frames.t = 0;
+      ++frames.plane;
+    }
   }
 }
 
@@ -279,9 +276,8 @@ __device__ __forceinline__ void walk_clips(const StitchParams<T>& p, Walker fram
 template <int V>
 constexpr int kAcross = V == 1 ? 32 : 8;
 
-template <typename T, int V, bool kRound, bool kClips>
-__global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2)
-    stitch_kernel(const __grid_constant__ StitchParams<T> p) {
+template <typename T, int V, bool kRound>
+__global__ void __launch_bounds__(kThreads, 2) stitch_kernel(const __grid_constant__ StitchParams<T> p) {
   using C = Wide<T>;
   constexpr int kDown = kThreads / kAcross<V>;
   const int thread = static_cast<int>(threadIdx.x);
@@ -290,17 +286,11 @@ __global__ void __launch_bounds__(kThreads, V == 1 ? 3 : 2)
   const int64_t row = static_cast<int64_t>(blockIdx.x / p.blocks_across) * kDown + thread / kAcross<V>;
   if (column >= p.width || row >= p.height) return;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.frames_each, all = p.planes * p.frames;
-  const Walker frame{begin + p.frames_each < all ? p.frames_each : all - begin, begin / p.frames,
-                     begin % p.frames, p.frames};
+  const Frames frames{begin + p.frames_each < all ? p.frames_each : all - begin, begin / p.frames,
+                      begin % p.frames};
   const Place<C> y = locate<C>(p, 1, row), x = locate<C>(p, 2, column);
   T* const out = p.out + (begin * p.height + row) * p.width + column;
-  const auto go = [&]<bool kY, bool kX, int U>() {
-    if constexpr (kClips) {
-      walk_clips<T, V, kRound, kY, kX>(p, frame, y, x, out);
-    } else {
-      walk<T, V, kRound, kY, kX, U>(p, frame, y, x, out);
-    }
-  };
+  const auto go = [&]<bool kY, bool kX, int U>() { walk<T, V, kRound, kY, kX, U>(p, frames, y, x, out); };
   if (y.blended) {
     x.blended ? go.template operator()<true, true, 1>() : go.template operator()<true, false, 2>();
   } else {
@@ -342,16 +332,11 @@ void launch(StitchParams<T>& p, Seam seam, const Target& target) {
   p.frames_each = static_cast<int>(each);
   p.blocks_across = static_cast<int>(across);
   const dim3 grid(static_cast<unsigned>(across * down), static_cast<unsigned>(ceil_div(all, each)));
-  const bool clips = V == 1 || p.count[0] > 1;
   const auto run = [&](auto kernel) {
     kernel<<<grid, kThreads, 0, target.stream>>>(p);
     check_launch("stitch");
   };
-  if (seam == Seam::sequential) {
-    clips ? run(stitch_kernel<T, V, true, true>) : run(stitch_kernel<T, V, true, V == 1>);
-  } else {
-    clips ? run(stitch_kernel<T, V, false, true>) : run(stitch_kernel<T, V, false, V == 1>);
-  }
+  seam == Seam::sequential ? run(stitch_kernel<T, V, true>) : run(stitch_kernel<T, V, false>);
 }
 
 }  // namespace
