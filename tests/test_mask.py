@@ -94,6 +94,14 @@ def test_heatmap_of_real_sizes(heats: Target) -> None:
         _assert_heat(latentfast.token_heatmap(**inputs, tokens=tokens), inputs, tokens)
 
 
+def _many_queries(heats: Target, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many that Triton keeps a head's keys in shared memory."""
+    if not heats.interpreted:
+        return 8192 + 77
+    monkeypatch.setattr(importlib.import_module("latentfast.kernels.triton.token_heatmap"), "_RESIDENT_QUERIES", 0)
+    return 300
+
+
 @pytest.mark.parametrize(
     ("nk", "d", "dtype"), [(512, 128, torch.bfloat16), (226, 64, torch.float16), (77, 50, torch.bfloat16)]
 )
@@ -102,10 +110,7 @@ def test_heatmap_with_a_heads_keys_in_shared_memory(
     nk: int, d: int, dtype: torch.dtype, layout: str, heats: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's other form, which many queries of a prompt's length take."""
-    queries = 8192 + 77
-    if heats.interpreted:
-        queries = 300
-        monkeypatch.setattr(importlib.import_module("latentfast.kernels.triton.token_heatmap"), "_RESIDENT_QUERIES", 0)
+    queries = _many_queries(heats, monkeypatch)
     draw = Draw(dtype, heats.device)
     q, k = draw.normal(2, 3, queries, d), draw.normal(2, 3, nk, d)
     if layout == "heads last":
@@ -118,6 +123,26 @@ def test_heatmap_with_a_heads_keys_in_shared_memory(
         HEAT_ULPS,
     )
     assert same_bits(got[1:], latentfast.token_heatmap(q[1:], k[1:], tokens))
+
+
+def test_heatmap_of_scores_far_above_the_first_keys(heats: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That form takes exponentials from the first 128 keys' maximum: float32 does not hold the sums of all rows."""
+    draw = Draw(torch.bfloat16, heats.device)
+    q, k = draw.normal(1, 2, _many_queries(heats, monkeypatch), 64), draw.normal(1, 2, 300, 64)
+    ordinary = latentfast.token_heatmap(q, k, tokens := [[3], [290], [150, 151]])
+    for row, score in zip((7, 150, 151, 299), (80, 120, 500, 1e4), strict=True):
+        at = slice(150, 152) if score == 500 else 290  # a query that looks at one key, or two
+        q[:, :, row] = k[:, :, at].float().mean(-2) if score == 500 else k[:, :, at]
+        q[:, :, row] *= score * 8 / (q[:, :, row].float() * k[:, :, 150 if score == 500 else 290].float()).sum(-1, True)
+    q[:, :, 20] = torch.nan
+    got = latentfast.token_heatmap(q, k, tokens)
+    changed = [7, 150, 151, 299]
+    exact, wide = (reference.mask.token_heatmap(q.to(t), k.to(t), tokens) for t in (torch.float64, torch.float32))
+    assert_within(got[..., changed], exact[..., changed], wide[..., changed], HEAT_ULPS)
+    assert (got[..., changed].amax(1) > 0.3).all()
+    assert got[..., 20].isnan().all()
+    others = [row for row in range(q.shape[2]) if row not in (*changed, 20)]
+    assert same_bits(got[..., others], ordinary[..., others])
 
 
 @every_dtype

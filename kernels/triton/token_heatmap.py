@@ -52,6 +52,8 @@ _RESIDENT_TILE, _RESIDENT_TILES, _RESIDENT_WARPS, _RESIDENT_STAGES = (128, 128),
 _RESIDENT_QUERIES = 8192
 _RESIDENT_PROGRAMS = 1320
 _LOG2E = 1.4426950408889634
+#: Sums of exponentials from which on the resident form looks for the maximum of all keys: some way below float32's end.
+_LARGEST = tl.constexpr(2.0**120)
 #: Triton's interpreter multiplies the bits of halves as if they were integers.
 _INTERPRETED = tl.constexpr(triton_interpreted())
 _ENTRIES = [f"e{i}" for i in range(USED)]
@@ -199,13 +201,66 @@ def _heat(
 
 
 @triton.jit
-def _fold(x, y, c, each, top, norm, here, EVEN: tl.constexpr):
-    """A row's running maximum and sum of exponentials, with those of one more tile of keys."""
+def _fold(s, c, each, top, norm):
+    """A row's running maximum and sum of exponentials, with those of one more tile of scores."""
+    base = tl.maximum(top, tl.max(s, 1) * each)
+    return base, norm * tl.exp2(top - base) + tl.sum(tl.exp2(tl.fma(s, c, -base[:, None])), 1)
+
+
+@triton.jit
+def _sums(
+    x, y, c, each, top, norm, safe_top, safe_norm, here, FIRST: tl.constexpr, EVEN: tl.constexpr, SAFE: tl.constexpr
+):
+    """One more tile of keys: the sum of exponentials from the first tile's maximum, and, if SAFE, online softmax."""
     s = _product(x, y)
     if not EVEN:
         s = tl.where(here[None, :], s, float("-inf"))
-    base = tl.maximum(top, tl.max(s, 1) * each)
-    return base, norm * tl.exp2(top - base) + tl.sum(tl.exp2(tl.fma(s, c, -base[:, None])), 1)
+    if FIRST:
+        top = tl.max(s, 1) * each
+    norm += tl.sum(tl.exp2(tl.fma(s, c, -top[:, None])), 1)
+    if SAFE:
+        safe_top, safe_norm = _fold(s, c, each, safe_top, safe_norm)
+    return top, norm, safe_top, safe_norm
+
+
+@triton.jit
+def _masses(
+    q_head, out, tile, y0, y1, y2, y3, y_used, c, each, share, here, used, inside, queries, q_n,
+    EVEN_KEYS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, SAFE: tl.constexpr,
+):  # fmt: skip
+    """Writes the masses of a tile of queries; returns which of its rows' sums are too large for that.
+
+    Those rows are written if SAFE, and no others.
+    """
+    zero = tl.full([], 0, tl.int64)
+    at = (zero + tile) * ROWS + tl.arange(0, ROWS)
+    own = at < queries
+    x = tl.load(
+        q_head + at[:, None] * q_n + tl.arange(0, WIDTH)[None, :], mask=own[:, None] & inside[None, :], other=0.0
+    )
+    top, safe_top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
+    norm, safe_norm = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    whole: tl.constexpr = EVEN_KEYS
+    top, norm, safe_top, safe_norm = _sums(
+        x, y0, c, each, top, norm, safe_top, safe_norm, here, True, whole or TILES > 1, SAFE
+    )
+    if TILES > 1:
+        top, norm, safe_top, safe_norm = _sums(
+            x, y1, c, each, top, norm, safe_top, safe_norm, here, False, whole or TILES > 2, SAFE
+        )
+    if TILES > 2:
+        top, norm, safe_top, safe_norm = _sums(
+            x, y2, c, each, top, norm, safe_top, safe_norm, here, False, whole or TILES > 3, SAFE
+        )
+    if TILES > 3:
+        top, norm, safe_top, safe_norm = _sums(x, y3, c, each, top, norm, safe_top, safe_norm, here, False, whole, SAFE)
+    beyond = norm > _LARGEST
+    if SAFE:
+        top, norm, own = safe_top, safe_norm, own & beyond
+    mass = tl.exp2(tl.fma(_product(x, y_used), c, -top[:, None])) * (share / norm)[:, None]
+    lane = tl.arange(0, 16)
+    tl.store(out + lane[None, :] * queries + at[:, None], mask=own[:, None] & used[None, :], value=mass)
+    return beyond
 
 
 @triton.jit(do_not_specialize=[*_ENTRIES, "count"])
@@ -219,12 +274,16 @@ def _heat_resident(
     EVEN_KEYS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[head, b, entry, query], for every `programs`-th tile of queries; entries as in `_heat`. TILES ≤ 4 of keys."""
+    """out[head, b, entry, query], for every `programs`-th tile of queries; entries as in `_heat`. TILES ≤ 4 of keys.
+
+    Exponentials are taken from the maximum of the first tile of keys only: finding that of the others costs as much
+    time as a fifth of the products. Their sum then is 1 at least, and float32 holds it unless a later score is above
+    that maximum by 83 or more. Rows for which one is are done once more, by online softmax.
+    """
     pid = tl.program_id(0)
     first = pid % programs
     head = (pid // programs % heads).to(tl.int64)
     b = (pid // programs // heads).to(tl.int64)
-    row = tl.arange(0, ROWS)
     element = tl.arange(0, WIDTH)
     inside = element < width
     col = tl.arange(0, COLS)
@@ -256,25 +315,21 @@ def _heat_resident(
         y3 = tl.load(k_tile + 3 * step, mask=here[:, None] & within, other=0.0)
 
     out += (head * batch + b) * count * queries
-    zero = tl.full([], 0, tl.int64)
+    q_head = q + b * q_b + head * q_h
+    part = tl.full([1], share, tl.float32)
+    again = tl.zeros([ROWS], tl.int32)
     for tile in tl.range(first, tiles, programs, num_stages=STAGES):
-        at = (zero + tile) * ROWS + row
-        own = at < queries
-        x = tl.load(
-            q + b * q_b + head * q_h + at[:, None] * q_n + element[None, :], mask=own[:, None] & within, other=0.0
-        )
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        norm = tl.zeros([ROWS], tl.float32)
-        top, norm = _fold(x, y0, c, each, top, norm, here, EVEN_KEYS or TILES > 1)
-        if TILES > 1:
-            top, norm = _fold(x, y1, c, each, top, norm, here, EVEN_KEYS or TILES > 2)
-        if TILES > 2:
-            top, norm = _fold(x, y2, c, each, top, norm, here, EVEN_KEYS or TILES > 3)
-        if TILES > 3:
-            top, norm = _fold(x, y3, c, each, top, norm, here, EVEN_KEYS)
-        mass = tl.exp2(tl.fma(_product(x, y_used), c, -top[:, None]))
-        mass = mass * (tl.full([1], share, tl.float32) / norm)[:, None]
-        tl.store(out + lane[None, :] * queries + at[:, None], mask=own[:, None] & used[None, :], value=mass)
+        beyond = _masses(
+            q_head, out, tile, y0, y1, y2, y3, y_used, c, each, part, here, used, inside, queries, q_n,
+            EVEN_KEYS, ROWS, WIDTH, TILES, False,
+        )  # fmt: skip
+        again |= beyond.to(tl.int32)
+    if tl.max(again, 0) > 0:
+        for tile in tl.range(first, tiles, programs, num_stages=1):
+            _masses(
+                q_head, out, tile, y0, y1, y2, y3, y_used, c, each, part, here, used, inside, queries, q_n,
+                EVEN_KEYS, ROWS, WIDTH, TILES, True,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_ENTRIES, "count", "groups", "batch"])  # batch of 1 would be a number, not a tensor
@@ -291,15 +346,17 @@ def _add_heads(
     g = pid // blocks % groups
     b = (pid // blocks // groups).to(tl.int64)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    own = at < queries
     lane = tl.arange(0, 16)
     entries = _entries(e0, e1, e2, e3, e4, e5, e6, e7, e8, e9, e10, e11, e12, e13, e14, e15)
-    belongs = (lane < count) & (((entries >> (32 + g)) & 1) == 1)
-    own = at < queries
-    parts += (b * count + lane[:, None]) * queries + at[None, :]
     each = batch.to(tl.int64) * count * queries
     total = tl.zeros([BLOCK], tl.float32)
-    for h in range(heads):
-        total += tl.sum(tl.load(parts + h * each, mask=belongs[:, None] & own[None, :], other=0.0), 0)
+    for e in range(count):
+        if (tl.sum(tl.where(lane == e, entries, 0)) >> (32 + g)) & 1:
+            head = parts + (b * count + e) * queries + at
+            for h in tl.range(0, heads, loop_unroll_factor=8):  # noqa: B007 - eight loads are under way together
+                total += tl.load(head, mask=own, other=0.0)
+                head += each
     tl.store(out + (b * groups + g) * queries + at, total, mask=own)
 
 
