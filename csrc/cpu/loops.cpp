@@ -5,10 +5,12 @@
 
 #include "cpu/loops_arc.h"
 #include "cpu/loops_lanes.h"
+#include "cpu/loops_powers.h"
 #include "cpu/loops_preview.h"
 #include "cpu/loops_rows.h"
 #include "cpu/loops_scores.h"
 #include "cpu/loops_stats.h"
+#include "cpu/loops_tokens.h"
 #ifndef LATENTFAST_ISA
 #error "compile with -DLATENTFAST_ISA=<name>"
 #endif
@@ -355,7 +357,12 @@ constexpr LoopsOf<C> loops_for() {
   out.shifted_sums_columns = shifted_sums_columns<C>;
   out.affine = affine<C>;
   out.affine_columns = affine_columns<C>;
-  out.tone_map = tone_map<C>;
+  out.affine_to_tokens[0] = affine_to_tokens<1, C>;
+  out.affine_to_tokens[1] = affine_to_tokens<2, C>;
+  out.affine_from_tokens[0] = affine_from_tokens<1, C>;
+  out.affine_from_tokens[1] = affine_from_tokens<2, C>;
+  out.tone_map[0] = tone_map<false, C>;
+  out.tone_map[1] = tone_map<true, C>;
   out.add_to_rgb = add_to_rgb<C>;
   out.between = between<C>;
   out.between_as_bytes = between_as_bytes<C>;

@@ -56,6 +56,16 @@ struct FirstStep {
 template <typename C>
 constexpr int kPanel = 256 / sizeof(C);
 
+// Elements of a token that are written or read at a time, from as many rows or half of them: floats of a
+// cache line.
+constexpr int kTokenRows = 16;
+
+// (x − centre)·gain + offset, for each row its own.
+template <typename C>
+struct RowAffines {
+  C centre[kTokenRows], gain[kTokenRows], offset[kTokenRows];
+};
+
 // kLanes of each sum over c and d = c − u.
 struct ApartSums {
   double *cc, *cd, *dd, *c, *d;
@@ -97,8 +107,16 @@ struct LoopsOf {
   // (x − centre)·gain + offset; in the column form every element has its own.
   void (*affine)(const C* x, int n, C centre, C gain, C offset, C* out);
   void (*affine_columns)(const C* x, int n, const C* centre, const C* gain, const C* offset, C* out);
-  // x·(1 − 0.8·s·gate) with gate = sigmoid(4·s·(|x| − 1)); or, if `grad` is not null, grad times its slope.
-  void (*tone_map)(const C* x, const C* grad, int n, C s, C* out);
+  // The affines of n elements of rows that lie side by side in every token, pw elements of each; a token
+  // begins `stride` after the one before. `count` rows, pw·count ≤ kTokenRows; n is a multiple of pw. [pw −
+  // 1]
+  void (*affine_to_tokens[2])(const C* const* rows, const RowAffines<C>& own, int count, int n, C* tokens,
+                              int64_t stride);
+  void (*affine_from_tokens[2])(const C* tokens, int64_t stride, const RowAffines<C>& own, int count, int n,
+                                C* const* rows);
+  // x·(1 − 0.8·s·gate) with gate = sigmoid(4·s·(|x| − 1)), or grad times its slope; written around the caches
+  // if `streams`. [slope]
+  void (*tone_map[2])(const C* x, const C* grad, int n, C s, C* out, bool streams);
   // Previews. Three sums, red, green and blue, each add their weight times x.
   void (*add_to_rgb)(const C* x, int n, const C* weight, C* red, C* green, C* blue);
   // a + f·(b − a), as it is, or as bytes: rounded, ties to even, clamped, 0 for NaN.

@@ -6,7 +6,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/loops_rows.h"
+#include "cpu/loops_powers.h"
 
 namespace latentfast {
 namespace {
@@ -60,57 +60,6 @@ void scores(const C* q, int64_t q_stride, int rows, const C* panel, int depth, C
   }
 }
 
-template <typename C>
-struct Exponent;
-template <>
-struct Exponent<float> {
-  using Bits = uint32_t;
-  static constexpr int kMantissa = 23, kTerms = 8;  // the first left out: (ln 2 / 2)⁸ / 8! = 5e-9
-  static constexpr Bits kOne = 0x3f800000u;
-  static constexpr float kLeast = -126.0f;
-};
-template <>
-struct Exponent<double> {
-  using Bits = uint64_t;
-  static constexpr int kMantissa = 52, kTerms = 14;  // 4e-18
-  static constexpr Bits kOne = 0x3ff0000000000000u;
-  static constexpr double kLeast = -1022.0;
-};
-
-constexpr double kLn2 = 0.69314718055994530942;
-
-template <int kTerms, typename C>
-struct Powers {
-  C of[kTerms];  // ln(2)^i / i!
-  constexpr Powers() : of{} {
-    double term = 1;
-    for (int i = 0; i < kTerms; ++i) {
-      of[i] = static_cast<C>(term);
-      term *= kLn2 / (i + 1);
-    }
-  }
-};
-
-// 2^x for x ≤ 0: 0 where the result would be subnormal, NaN for NaN.
-template <typename C>
-inline Vector<C> power_of_two(Vector<C> x) {
-  using E = Exponent<C>;
-  using Bits = Vector<typename E::Bits>;
-  static constexpr Powers<E::kTerms, C> kPowers;
-  // adding this puts x, rounded to an integer, into the lowest bits
-  constexpr C kRound = C(3) * (typename E::Bits(1) << (E::kMantissa - 1));
-  const Vector<C> shifted = x + kRound;
-  const Vector<C> rest = x - (shifted - kRound);
-  Vector<C> value = rest * kPowers.of[E::kTerms - 1] + kPowers.of[E::kTerms - 2];
-  for (int i = E::kTerms - 3; i >= 0; --i) value = value * rest + kPowers.of[i];
-  Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << E::kMantissa) + E::kOne;
-  Vector<C> power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < E::kLeast ? Vector<C>{} : value * power;
-}
-
 // The row of n scores (a multiple of kPanel) becomes 2^(scale·(score − the largest one)); their sum, in
 // kLanes lanes that are added pairwise, whatever the registers' width.
 template <typename C>
@@ -133,10 +82,13 @@ C softmax_row(C* row, int64_t n, C scale) {
   const C base = top * scale;
   Vector<C> sum[kParts] = {};
   for (int64_t i = 0; i < n; i += kLanes) {
+    Vector<C> below[kParts], power[kParts];
+    for (int p = 0; p < kParts; ++p) power[p] = below[p] = load(row + i + p * kStep) * scale - base;
+    raise_two<kParts, C>(power);
     for (int p = 0; p < kParts; ++p) {
-      const Vector<C> power = power_of_two<C>(load(row + i + p * kStep) * scale - base);
-      sum[p] += power;
-      store<false>(row + i + p * kStep, power);
+      power[p] = below[p] < Exponent<C>::kLeast ? Vector<C>{} : power[p];
+      sum[p] += power[p];
+      store<false>(row + i + p * kStep, power[p]);
     }
   }
   for (int p = 0; p < kParts; ++p) store<false>(lanes + p * kStep, sum[p]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/loops_lanes.h"
+#include "cpu/loops_powers.h"
 
 namespace latentfast {
 namespace {
@@ -48,42 +49,59 @@ void affine_columns(const C* __restrict x, int n, const C* __restrict centre, co
   for (int i = 0; i < n; ++i) out[i] = (x[i] - centre[i]) * gain[i] + offset[i];
 }
 
-// e^x for x <= 4, to 1e-7 of its value. Arguments below −87, and NaN, count as −87.
-inline float exponential(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  // added to 1.5·2^23 a quotient is rounded to a whole number, which then ends the bits
-  const float rounded = x * 1.44269504f + 12582912.0f, k = rounded - 12582912.0f;
-  // ln 2 in two parts, the first of so few bits that its products are exact
-  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  // Cephes' polynomial for |r| <= ln 2 / 2
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = (y * r) * r + r + 1.0f;
-  return y * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, rounded) + 127u) << 23);
-}
-inline double exponential(double x) { return __builtin_exp(x); }
-
-template <bool kSlope, typename C>
-void tone_map_of(const C* __restrict x, const C* __restrict grad, int n, C s, C* __restrict out) {
-  const C steepness = 4 * s, depth = C(0.8) * s;
-  for (int i = 0; i < n; ++i) {
-    const C size = x[i] < 0 ? -x[i] : x[i];
-    const C gate = 1 / (1 + exponential(steepness * (1 - size)));
+// Each x becomes its result, or grad times the slope there.
+template <bool kSlope, int kCount, typename C>
+inline void tone_map_of(Vector<C> (&x)[kCount], [[maybe_unused]] const Vector<C> (&grad)[kCount], C s) {
+  constexpr double kLog2E = 1.44269504088896340736;
+  const C steepness = 4 * s, depth = C(0.8) * s, doublings = static_cast<C>(4 * kLog2E * s);
+  const Vector<C> least = Vector<C>{} - 64;
+  Vector<C> size[kCount], grown[kCount];
+  for (int j = 0; j < kCount; ++j) size[j] = x[j] > -x[j] ? x[j] : -x[j];
+  for (int j = 0; j < kCount; ++j) grown[j] = doublings * (1 - size[j]);
+  // from −64 on 1 + 2^y is 1; NaN, as 0·∞ is, counts as −64 too: x brings its own
+  for (int j = 0; j < kCount; ++j) grown[j] = grown[j] > least ? grown[j] : least;
+  raise_two<kCount, C>(grown);
+  for (int j = 0; j < kCount; ++j) grown[j] += 1;
+  for (int j = 0; j < kCount; ++j) {
     if constexpr (kSlope) {
-      out[i] = grad[i] * (1 - depth * gate * (1 + steepness * size * (1 - gate)));
+      const Vector<C> gate = 1 / grown[j];
+      x[j] = grad[j] * (1 - depth * gate * (1 + steepness * size[j] * (1 - gate)));
     } else {
-      out[i] = x[i] * (1 - depth * gate);
+      x[j] *= 1 - depth / grown[j];
     }
   }
 }
 
-template <typename C>
-void tone_map(const C* x, const C* grad, int n, C s, C* out) {
-  grad == nullptr ? tone_map_of<false>(x, grad, n, s, out) : tone_map_of<true>(x, grad, n, s, out);
+template <bool kSlope, bool kStreams, typename C>
+void tone_map_to(const C* x, const C* grad, int n, C s, C* out) {
+  constexpr int kStep = kBytes / sizeof(C), kPiece = kRun * kStep;
+  Vector<C> value[kRun] = {}, upstream[kRun] = {};
+  int i = 0;
+  for (; i + kPiece <= n; i += kPiece) {
+    fetch_run(x + i);
+    if constexpr (kSlope) fetch_run(grad + i);
+    for (int j = 0; j < kRun; ++j) value[j] = load(x + i + j * kStep);
+    if constexpr (kSlope) {
+      for (int j = 0; j < kRun; ++j) upstream[j] = load(grad + i + j * kStep);
+    }
+    tone_map_of<kSlope, kRun, C>(value, upstream, s);
+    for (int j = 0; j < kRun; ++j) store<kStreams>(out + i + j * kStep, value[j]);
+  }
+  const int64_t left = static_cast<int64_t>(n - i) * static_cast<int64_t>(sizeof(C));
+  if (left == 0) return;
+  std::memcpy(value, x + i, left);
+  if constexpr (kSlope) std::memcpy(upstream, grad + i, left);
+  tone_map_of<kSlope, kRun, C>(value, upstream, s);
+  std::memcpy(out + i, value, left);
+}
+
+template <bool kSlope, typename C>
+void tone_map(const C* x, const C* grad, int n, C s, C* out, bool streams) {
+  if (streams && unaligned_bytes(out) == 0) {
+    tone_map_to<kSlope, true>(x, grad, n, s, out);
+  } else {
+    tone_map_to<kSlope, false>(x, grad, n, s, out);
+  }
 }
 
 }  // namespace

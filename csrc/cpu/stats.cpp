@@ -3,6 +3,8 @@
 // Sums are taken from each channel's first element on and in float64: a mean far from 0 costs no digits, and
 // a constant channel has a variance of exactly 0. Channels that fit into a core's cache are read from memory
 // once: summed up, then changed while they are there.
+#include <utility>
+
 #include "cpu/vectors.h"
 
 namespace latentfast {
@@ -261,90 +263,99 @@ void standardize_packed(const T* z, const Packing& packing, bool packs, F&& affi
   });
 }
 
-// Rows of the latents whose elements lie side by side in every token (pw = 1), on their way to or from them:
-// all that a token holds of them is read or written at once.
+// Rows of the latents that lie side by side in every token, pw (1 or 2) elements of each: `count` of them,
+// whose part of the tokens is read or written at once.
 template <typename T>
-struct RowGroup {
-  static constexpr int kRows = 16, kPositions = 256;
-  alignas(64) T rows[kRows][kPositions + 64 / sizeof(T)];
+struct TokenRows {
+  using C = Working<T>;
+  // What is not computed in its own dtype passes through a row of the working precision.
+  static constexpr int kPositions = kIsWide<T> ? 512 : kTile / kTokenRows;
 
-  // To n tokens, or from them; `tokens` is where the first row's first element lies.
-  void write(int count, int n, int64_t features, T* tokens) const {
-    const int done = count == kRows ? squares<true>(*this, n, features, tokens) : 0;
-    for (int k = done; k < n; ++k) {
-      for (int r = 0; r < count; ++r) tokens[k * features + r] = rows[r][k];
-    }
-  }
-  void read(int count, int n, int64_t features, const T* tokens) {
-    const int done = count == kRows ? squares<false>(*this, n, features, tokens) : 0;
-    for (int k = done; k < n; ++k) {
-      for (int r = 0; r < count; ++r) rows[r][k] = tokens[k * features + r];
-    }
-  }
+  int64_t pw;
+  int64_t at[kTokenRows] = {};  // the rows in the latents
+  RowAffines<C> own = {};
 
- private:
-  // Whole squares of 4 by 4 floats; how many of the positions that covers.
-  template <bool kWrites, typename Self, typename U>
-  static int squares([[maybe_unused]] Self& self, [[maybe_unused]] int n, [[maybe_unused]] int64_t features,
-                     [[maybe_unused]] U* tokens) {
-#if defined(__x86_64__)
-    if constexpr (std::is_same_v<T, float>) {
-      const auto at = [&](int row, int k) { return &self.rows[row][k]; };
-      for (int k = 0; k + 4 <= n; k += 4) {
-        for (int r = 0; r < kRows; r += 4) {
-          __m128 square[4];
-          for (int i = 0; i < 4; ++i)
-            square[i] = _mm_loadu_ps(kWrites ? at(r + i, k) : tokens + (k + i) * features + r);
-          _MM_TRANSPOSE4_PS(square[0], square[1], square[2], square[3]);
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (kWrites) {
-              _mm_storeu_ps(tokens + (k + i) * features + r, square[i]);
-            } else {
-              _mm_storeu_ps(at(r + i, k), square[i]);
-            }
-          }
-        }
+  // `size` elements of each token, the next one's `stride` after them.
+  static void copy_parts(const T* from, int64_t from_stride, int64_t tokens, int64_t size, T* to,
+                         int64_t to_stride) {
+    if (from_stride == size && to_stride == size) {
+      std::copy_n(from, tokens * size, to);
+    } else if (size == kTokenRows) {  // of a size that is known, a copy is no call
+      for (int64_t k = 0; k < tokens; ++k)
+        std::copy_n(from + k * from_stride, kTokenRows, to + k * to_stride);
+    } else {
+      for (int64_t k = 0; k < tokens; ++k) {
+        for (int64_t i = 0; i < size; ++i) to[k * to_stride + i] = from[k * from_stride + i];
       }
-      return n / 4 * 4;
     }
-#endif
-    return 0;
+  }
+
+  void pack(const T* z, int count, int n, T* tokens, int64_t features) const {
+    const C* rows[kTokenRows];
+    if constexpr (kIsWide<T>) {
+      for (int r = 0; r < count; ++r) rows[r] = z + at[r];
+      loops_of<C>().affine_to_tokens[pw - 1](rows, own, count, n, tokens, features);
+    } else {
+      Row<T> wide, results;
+      T narrow[kTile];
+      for (int r = 0; r < count; ++r) std::copy_n(z + at[r], n, narrow + r * n);
+      const C* first = widen(narrow, count * n, wide);
+      for (int r = 0; r < count; ++r) rows[r] = first + r * n;
+      loops_of<C>().affine_to_tokens[pw - 1](rows, own, count, n, results.values, count * pw);
+      round_row(results.values, count * n, narrow);
+      copy_parts(narrow, count * pw, n / pw, count * pw, tokens, features);
+    }
+  }
+
+  void unpack(const T* tokens, int64_t features, int count, int n, T* out) const {
+    C* rows[kTokenRows];
+    if constexpr (kIsWide<T>) {
+      for (int r = 0; r < count; ++r) rows[r] = out + at[r];
+      loops_of<C>().affine_from_tokens[pw - 1](tokens, features, own, count, n, rows);
+    } else {
+      Row<T> wide, results;
+      T narrow[kTile];
+      copy_parts(tokens, features, n / pw, count * pw, narrow, count * pw);
+      for (int r = 0; r < count; ++r) rows[r] = results.values + r * n;
+      loops_of<C>().affine_from_tokens[pw - 1](widen(narrow, count * n, wide), count * pw, own, count, n,
+                                               rows);
+      round_row(results.values, count * n, narrow);
+      for (int r = 0; r < count; ++r) std::copy_n(narrow + r * n, n, out + at[r]);
+    }
   }
 };
 
 template <typename T, typename F>
-void standardize_grouped(const T* z, const Packing& packing, bool packs, F&& affine_of, T* out) {
-  using C = Working<T>;
-  using Group = RowGroup<T>;
+void standardize_grouped(const T* z, Packing packing, bool packs, F&& affine_of, T* out) {
+  using Rows = TokenRows<T>;
+  // rows that follow one another in the latents as their tokens do are one
+  if (packing.ph == 1) {
+    packing.w *= std::exchange(packing.h, 1);
+    if (packing.pt == 1) packing.w *= std::exchange(packing.t, 1);
+  }
+  std::vector<Affine<Working<T>>> affines(packing.c);
+  for (int64_t channel = 0; channel < packing.c; ++channel) affines[channel] = affine_of(channel);
   const int64_t strips = packing.b * (packing.t / packing.pt) * (packing.h / packing.ph);
-  const int64_t features = packing.features(), pieces = ceil_div(packing.w, Group::kPositions);
+  const int64_t features = packing.features(), pw = packing.pw, most = kTokenRows / pw,
+                pieces = ceil_div(packing.w, Rows::kPositions);
   parallel(strips * pieces, packing.elements() / (strips * pieces), [&](int64_t begin, int64_t end) {
-    Row<T> wide, results;
-    Group group;
+    Rows rows{pw};
     for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t x = piece % pieces * Group::kPositions;
-      const int n = static_cast<int>(std::min<int64_t>(Group::kPositions, packing.w - x));
+      const int64_t x = piece % pieces * Rows::kPositions;
+      const int n = static_cast<int>(std::min<int64_t>(Rows::kPositions, packing.w - x));
       int64_t row = 0;
       packing.for_rows_of(piece / pieces, [&](int64_t channel, int64_t at, int64_t in_tokens) {
-        const int place = static_cast<int>(row % Group::kRows);
-        const int count = static_cast<int>(std::min<int64_t>(Group::kRows, features - (row - place)));
-        const int64_t tokens = in_tokens - place + x * features;  // of the group's first row
-        if (!packs && place == 0) group.read(count, n, features, z + tokens);
-        const Affine<C> own = affine_of(channel);
-        const T* from = packs ? z + at + x : group.rows[place];
-        T* to = packs ? group.rows[place] : out + at + x;
-        if (packs && x + n < packing.w) {
-          // the row's next positions: no hardware looks ahead from one short piece to the next of so many
-          // rows
-          const char* ahead = reinterpret_cast<const char*>(from + n);
-          for (size_t i = 0; i < Group::kPositions * sizeof(T); i += 64) __builtin_prefetch(ahead + i);
-        }
-        C* changed = results.values;
-        if constexpr (kIsWide<T>) changed = to;
-        loops_of<C>().affine(widen(from, n, wide), n, own.centre, own.gain, own.offset, changed);
-        if constexpr (!kIsWide<T>) round_row(results.values, n, to);
-        if (packs && place + 1 == count) group.write(count, n, features, out + tokens);
+        const int place = static_cast<int>(row % most);
+        const int count = static_cast<int>(std::min(most, features / pw - (row - place)));
+        const int64_t tokens = in_tokens - place * pw + x / pw * features;  // of the group's first row
+        rows.at[place] = at + x;
+        rows.own.centre[place] = affines[channel].centre;
+        rows.own.gain[place] = affines[channel].gain;
+        rows.own.offset[place] = affines[channel].offset;
         ++row;
+        if (place + 1 < count) return;
+        packs ? rows.pack(z, count, n, out + tokens, features)
+              : rows.unpack(z + tokens, features, count, n, out);
       });
     }
   });
@@ -411,7 +422,7 @@ void standardize(const View& z, const OptionalView& mean, const OptionalView& st
     if (layout != kSame) {
       const Packing packing{b, c, t, h, w, pt, ph, pw};
       T* const to = mutable_data<T>(out);
-      pw == 1 ? standardize_grouped(from, packing, layout == kPack, affine_of, to)
+      pw <= 2 ? standardize_grouped(from, packing, layout == kPack, affine_of, to)
               : standardize_packed(from, packing, layout == kPack, affine_of, to);
       return;
     }
@@ -440,17 +451,23 @@ void tone_map(const View& z, const OptionalView& grad, double compression, const
   if (out.numel() == 0) return;
   dispatch_floating(z.scalar_type(), "tone_map", [&]<typename T>() {
     using C = Working<T>;
+    const C s = static_cast<C>(0.75 * compression);
     const Output<T> to(mutable_data<T>(out), out.numel());
     const T *x = data<T>(z), *upstream = data_or_null<T>(grad);
     parallel(ceil_div(out.numel(), kTile), kTile, [&](int64_t begin, int64_t end) {
-      Row<T> wide, wide_upstream, results;
+      [[maybe_unused]] Row<T> wide, wide_upstream, results;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = i * kTile;
         const int n = static_cast<int>(std::min<int64_t>(kTile, out.numel() - at));
-        C* row = to.begin(at, results);
+        const C* own = widen(x + at, n, wide);
         const C* slope_of = upstream == nullptr ? nullptr : widen(upstream + at, n, wide_upstream);
-        loops_of<C>().tone_map(widen(x + at, n, wide), slope_of, n, static_cast<C>(0.75 * compression), row);
-        to.finish(row, n, at);
+        const auto loop = loops_of<C>().tone_map[upstream != nullptr];
+        if constexpr (kIsWide<T>) {
+          loop(own, slope_of, n, s, &to[at], to.streams());
+        } else {
+          loop(own, slope_of, n, s, results.values, false);
+          to.finish(results.values, n, at);
+        }
       }
     });
   });
