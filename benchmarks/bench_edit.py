@@ -5,17 +5,12 @@ from torch import Tensor
 
 import latentfast
 from latentfast.benchmarks import peers
+from latentfast.benchmarks.draws import soft_mask, two_clips_and_mask
 from latentfast.benchmarks.operation import Baseline, Case, Operation
 from latentfast.reference import edit as reference
 
 # Exact in bfloat16, so that numbers on the host and a tensor on the device mean the same.
 STRENGTHS = (1.5, -0.75, 0.5, 0.25)
-
-
-def soft_mask(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(B, 1, T, H, W) in [0, 1]: a third exactly 0 or 1, as a thresholded attention map is."""
-    noise = torch.rand((shape[0], 1, *shape[2:]), device=device, dtype=torch.float32)
-    return (1.5 * noise - 0.25).clamp(0, 1).to(dtype)
 
 
 def _edit(n: int) -> Operation:
@@ -39,17 +34,12 @@ def _edit(n: int) -> Operation:
     )
 
 
-def _blend_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    base = torch.randn(shape, device=device, dtype=dtype)
-    return base, torch.randn_like(base), soft_mask(shape, dtype, device)
-
-
 EDIT_1, EDIT_4 = _edit(1), _edit(4)
 BLEND = Operation(
     stem="edit",
     name="blend",
     variant="",
-    inputs=_blend_inputs,
+    inputs=two_clips_and_mask,
     batch_dims=(0, 0, 0),
     outputs=(0,),
     ours=latentfast.blend,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import latentfast
+from latentfast.benchmarks.draws import clips
 from latentfast.benchmarks.operation import Baseline, Call, Case, Operation
 from latentfast.reference import guidance as reference
 
@@ -180,7 +181,7 @@ COMBINE = Operation(
     stem="guidance",
     name="combine",
     variant="N=6",
-    inputs=lambda shape, dtype, device: tuple(torch.randn(shape, device=device, dtype=dtype) for _ in WEIGHTS),
+    inputs=clips(len(WEIGHTS)),
     batch_dims=(0,) * len(WEIGHTS),
     outputs=(0,),
     ours=lambda *tensors: latentfast.combine(tensors, WEIGHTS),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 import latentfast
 from latentfast.benchmarks import peers
+from latentfast.benchmarks.draws import clips
 from latentfast.benchmarks.operation import Baseline, Case, Operation
 from latentfast.reference import interpolate as reference
 
@@ -12,13 +13,8 @@ from latentfast.reference import interpolate as reference
 T = 0.3125
 
 
-def _pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    a = torch.randn(shape, device=device, dtype=dtype)
-    return a, torch.randn_like(a)
-
-
 def _one(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return *_pair(shape, dtype, device), torch.tensor(T, device=device)
+    return *clips(2)(shape, dtype, device), torch.tensor(T, device=device)
 
 
 def _simple(name: str, field: Baseline) -> Operation:
@@ -56,7 +52,7 @@ def _slerp_path(k: int) -> Operation:
     values = [(i + 0.5) / k for i in range(k)]
 
     def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        return *_pair(shape, dtype, device), torch.tensor(values, device=device)
+        return *clips(2)(shape, dtype, device), torch.tensor(values, device=device)
 
     return Operation(
         stem="interpolate",

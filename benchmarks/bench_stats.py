@@ -8,14 +8,10 @@ from torch import Tensor
 
 import latentfast
 from latentfast.benchmarks import peers
-from latentfast.benchmarks.operation import SIZES, Baseline, Call, Case, Operation
+from latentfast.benchmarks.draws import clips
+from latentfast.benchmarks.operation import Baseline, Call, Case, Operation
 from latentfast.reference import stats as reference
 
-ALL_SIZES = {
-    **SIZES,
-    "ltx": (128, 16, 15, 22),  # LTX-Video, 121 frames of 704x480
-    "animatediff": (4, 16, 64, 64),  # AnimateDiff, 16 frames of 512x512: what FreeInit was made for
-}
 COMPRESSION = 0.6
 TOKEN = (1, 1, 1)
 
@@ -47,18 +43,15 @@ def _free_init(low: Tensor, high: Tensor) -> Tensor:
     return mixin._apply_freq_filter(low.float(), high.float(), response).to(low.dtype)
 
 
-def _clip(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return (torch.randn(shape, device=device, dtype=dtype),)
-
-
 def _pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    z = torch.randn(shape, device=device, dtype=dtype)
-    return z, torch.randn_like(z) * 2 + 1
+    """Of other means and deviations than one another."""
+    z, other = clips(2)(shape, dtype, device)
+    return z, other * 2 + 1
 
 
 def _with_channels(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     mean, std = torch.randn(shape[1], device=device), torch.rand(shape[1], device=device) + 0.5
-    return *_clip(shape, dtype, device), mean, std
+    return *clips(1)(shape, dtype, device), mean, std
 
 
 @functools.cache
@@ -74,13 +67,12 @@ CHANNEL_STATS = Operation(
     stem="stats",
     name="channel_stats",
     variant="",
-    inputs=_clip,
+    inputs=clips(1),
     batch_dims=(0,),
     outputs=(0, 0),
     ours=latentfast.channel_stats,
     reference=Baseline(reference.channel_stats, "latentfast.reference"),
     field=Baseline(lambda z: torch.std_mean(z.float(), (2, 3, 4))[::-1], "torch.std_mean"),
-    sizes=ALL_SIZES,
 )
 ADAIN = Operation(
     stem="stats",
@@ -93,7 +85,6 @@ ADAIN = Operation(
     reference=Baseline(reference.adain, "latentfast.reference"),
     field=Baseline(peers.adain, "torch.std_mean of both"),
     peer=Baseline(_upsampler("adain_filter_latent"), "diffusers adain_filter_latent"),
-    sizes=ALL_SIZES,
 )
 STANDARDIZE = Operation(
     stem="stats",
@@ -106,20 +97,18 @@ STANDARDIZE = Operation(
     reference=Baseline(lambda z, mean, std: reference.standardize(z, mean, std, patch=TOKEN), "latentfast.reference"),
     field=Baseline(peers.standardize_to_tokens, "(z-mean)/std, flatten, transpose"),
     peer=Baseline(_ltx_pack, "diffusers LTX _normalize_latents, _pack_latents"),
-    sizes=ALL_SIZES,
 )
 TONE_MAP = Operation(
     stem="stats",
     name="tone_map",
     variant="",
-    inputs=_clip,
+    inputs=clips(1),
     batch_dims=(0,),
     outputs=(0,),
     ours=lambda z: latentfast.tone_map(z, COMPRESSION),
     reference=Baseline(lambda z: reference.tone_map(z, COMPRESSION), "latentfast.reference"),
     field=Baseline(lambda z: peers.tone_map(z, COMPRESSION), "z * (1 - 0.8*s*sigmoid(...))"),
     peer=Baseline(lambda z: _upsampler("tone_map_latents")(z, COMPRESSION), "diffusers tone_map_latents"),
-    sizes=ALL_SIZES,
 )
 FREQUENCY_MIX = Operation(
     stem="stats",
@@ -132,7 +121,6 @@ FREQUENCY_MIX = Operation(
     reference=Baseline(reference.frequency_mix, "latentfast.reference"),
     field=Baseline(_field_mix, "fftn of both, filter ready"),
     peer=Baseline(_free_init, "diffusers FreeInit with its filter"),
-    sizes=ALL_SIZES,
 )
 
 CASES = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import latentfast
 from latentfast.benchmarks import peers
-from latentfast.benchmarks.bench_edit import soft_mask
+from latentfast.benchmarks.draws import two_clips_and_mask
 from latentfast.benchmarks.operation import Baseline, Call, Case, Operation, compiled
 from latentfast.reference import temporal as reference
 
@@ -17,13 +17,8 @@ reference_loss = partial(reference.temporal_loss, **WEIGHTS)
 field_loss = partial(peers.temporal_loss, **WEIGHTS)
 
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    z = torch.randn(shape, device=device, dtype=dtype)
-    return z, torch.randn_like(z), soft_mask(shape, dtype, device)
-
-
 def _leaf_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    z, ref, mask = _inputs(shape, dtype, device)
+    z, ref, mask = two_clips_and_mask(shape, dtype, device)
     return z.requires_grad_(), ref, mask
 
 
@@ -63,7 +58,7 @@ LOSS = Operation(
     stem="temporal",
     name="temporal_loss",
     variant="",
-    inputs=_inputs,
+    inputs=two_clips_and_mask,
     batch_dims=(0, 0, 0),
     outputs=("mean",),
     ours=partial(latentfast.temporal_loss, **WEIGHTS),
@@ -74,7 +69,7 @@ LOSS_AND_GRAD = Operation(
     stem="temporal",
     name="temporal_loss_and_grad",
     variant="",
-    inputs=_inputs,
+    inputs=two_clips_and_mask,
     batch_dims=(0, 0, 0),
     outputs=("mean", "mean's gradient"),
     ours=partial(latentfast.temporal_loss_and_grad, **WEIGHTS),

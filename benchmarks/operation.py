@@ -25,6 +25,7 @@ SIZES = MODELS | {
     "wan480": MODELS["wan21_1_3b_480p"],
     "wan720": MODELS["wan21_14b_720p"],
     "hunyuan720": MODELS["hunyuan_720p"],
+    "ltx": MODELS["ltx_480p"],
     "tiny": (4, 5, 6, 8),
 }
 

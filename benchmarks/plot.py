@@ -1,28 +1,71 @@
-"""The README's pictures from the rows: a roofline, and speed-ups over eager PyTorch, `torch.compile` and the peers."""
+"""The README's pictures from the rows: shares of the machine's limit, and speed-ups over eager PyTorch,
+`torch.compile` and the peers. In both a case is a line: its points on an axis, its numbers in columns beside it."""
 
 import io
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from latentfast.benchmarks.rows import Row, Times
+from latentfast.benchmarks.rows import Row
 from latentfast.benchmarks.table import size
 from latentfast.benchmarks.targets import CHOSEN
 
-INK, FAINT = "#1f2933", "#d5dbe1"
-COLOURS = {"ours": "#00756f", "compiled": "#d9731a", "eager": "#8a94a0", "peer": "#7b4bb3"}
-#: Behind a name, so that no line runs through it.
-PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-#: Marker, its area, and how far in front it lies.
-MARKERS = {"ours": ("o", 52, 4), "compiled": ("s", 26, 3), "eager": ("s", 26, 2)}
-LABELS = {"ours": "latentfast", "compiled": "torch.compile", "eager": "eager PyTorch", "peer": "the peer's own code"}
+INK, FAINT, BAND = "#1f2933", "#c3cad1", "#f3f5f7"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a way to compute is drawn: its name above its column, its colour and marker, whether only the outline."""
+
+    name: str
+    colour: str
+    marker: str
+    hollow: bool = False
+
+
+MARKS = {
+    "native": Mark("● native", "#00756f", "o"),
+    "triton": Mark("○ Triton", "#00756f", "o", hollow=True),
+    "compiled": Mark("■ compile", "#d9731a", "s"),
+    "eager": Mark("■ eager", "#7b858f", "s"),
+    "peer": Mark("◆ peer", "#7b4bb3", "D"),
+}
+#: Backends by their mark; "eager" is drawn once, as the baseline.
+BACKENDS = {"native-cpu": "native", "cuda": "native", "triton": "triton"}
 #: Baselines and the forms of which the fastest counts.
 BASELINES = (
     ("eager", ("eager", "field_eager")),
     ("compiled", ("compiled", "field_compiled")),
     ("peer", ("peer_eager",)),
 )
+#: Calls that move less are for the most part served by a GPU's cache, and too short to fill the card.
+LARGE = 100_000_000
+#: Inches of a line (between two stems a GAP of lines), of a panel's title and axis, of the picture's head.
+LINE, GAP, FRAME, HEAD = 0.215, 0.45, 0.85, 0.7
+#: The axes' left and right edges in widths of the picture; in widths of the axes, where the stems' names stand and how
+#: wide a column of numbers is.
+LEFT, RIGHT = 0.46, 0.785
+NAMES, COLUMN = (0.008 - LEFT) / (RIGHT - LEFT), 0.157
+
+
+@dataclass(frozen=True)
+class Line:
+    """A case: its row of the backend that the library picks, and a value for each of MARKS that was measured."""
+
+    row: Row
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines with an axis of their own."""
+
+    title: str
+    lines: list[Line]
+    marks: tuple[str, ...]
+    written: Callable[[float], str]
+    log: bool = False
 
 
 def speedups(row: Row, clock: str) -> dict[str, float]:
@@ -46,6 +89,25 @@ def chosen(rows: Iterable[Row]) -> list[Row]:
     return list(best.values())
 
 
+def shares(rows: list[Row]) -> dict[str, float]:
+    """Of a case's rows, one a backend: by mark, the floor (the least time that the machine allows) over the time."""
+    found = {BACKENDS[row.backend]: row.floor_share for row in rows if row.backend in BACKENDS and row.floor_share}
+    first = chosen(rows)[0]
+    for key, forms in BASELINES:
+        times = [t.device_us[1] for form in forms if (t := first.baselines.get(form)) and t.device_us]
+        if key != "peer" and times:  # the peers, most of them at less than 1%, are in the other picture
+            found[key] = first.floor_us / min(times)
+    return found
+
+
+def _grouped(lines: list[Line], rank: Callable[[Line], float]) -> list[tuple[str, list[Line]]]:
+    """By stem; the best line first, and the stem with the best line first."""
+    stems: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=rank, reverse=True):
+        stems.setdefault(line.row.stem, []).append(line)
+    return list(stems.items())
+
+
 def _label(row: Row, common: str) -> str:
     """The operation, and what of its size and dtype is not said for the whole panel."""
     own = f"{size(row)}, {row.dtype}"
@@ -59,123 +121,96 @@ def _most_common(values: list[str]) -> str:
     return max(values, key=values.count)
 
 
-def _bars(axes: Any, rows: list[Row], clock: str, title: str) -> None:
-    """A group of bars a case from 1, "as fast", on a logarithmic axis; the largest gain over eager on top."""
+def _dots(axes: Any, panel: Panel) -> None:
+    """The panel's lines, stem by stem, and beside them their numbers: bold where latentfast is not the fastest."""
+    common = _most_common([f"{size(line.row)}, {line.row.dtype}" for line in panel.lines])
+    values = [x for line in panel.lines for x in line.values.values()]
+    _axis(axes, panel, min([1.0, *values]), max([1.0, *values]))
+    labels: dict[float, str] = {}
+    y = 0.0
+    beside = axes.get_yaxis_transform()  # x in widths of the axes, y in lines
+    for i, (stem, lines) in enumerate(_grouped(panel.lines, _rank)):
+        if i % 2 == 0:
+            band = (y - 0.5 - GAP / 2, y + len(lines) - 0.5 + GAP / 2)
+            axes.axhspan(*band, xmin=-2, xmax=2, color=BAND, linewidth=0, zorder=0, clip_on=False)
+        axes.text(NAMES, y, stem, transform=beside, va="center", fontsize=9, fontweight="bold")
+        for line in lines:
+            labels[y] = _label(line.row, common)
+            _line(axes, panel, line, y)
+            y += 1
+        y += GAP
+    axes.set_yticks(list(labels), list(labels.values()))
+    axes.set_ylim(y - GAP - 0.5 + GAP / 2, -0.5 - GAP / 2)
+    above: Any = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    for k, key in enumerate(panel.marks):
+        place = 1 + COLUMN * (k + 1), 1
+        axes.annotate(MARKS[key].name, place, (0, 5), **above, ha="right", fontsize=7.5, color=MARKS[key].colour)
+    axes.set_xlabel(f"{common} unless said", fontsize=9)
+    axes.annotate(panel.title, (NAMES, 1), (0, 6), **above, fontsize=11, fontweight="bold")
+
+
+def _rank(line: Line) -> float:
+    """What a line is sorted by: our own share, or else the gain over the fastest other way."""
+    own = _own(line.values)
+    return own[0] if own else min(line.values.values())
+
+
+def _own(values: dict[str, float]) -> list[float]:
+    """Those of latentfast's backends, first that of the one it picks."""
+    return [values[key] for key in ("native", "triton") if key in values]
+
+
+def _line(axes: Any, panel: Panel, line: Line, y: float) -> None:
+    drawn = {key: line.values[key] for key in panel.marks if key in line.values}
+    ends = [*drawn.values()] if len(drawn) > 1 and not panel.log else [1.0, *drawn.values()]
+    axes.plot([min(ends), max(ends)], [y, y], color=FAINT, linewidth=1.3, zorder=1, solid_capstyle="butt")
+    for k, key in enumerate(panel.marks):
+        if key not in drawn:
+            continue
+        mark = MARKS[key]
+        area, inside = (34 if mark.marker == "o" else 22), ("white" if mark.hollow else mark.colour)
+        look: Any = {"marker": mark.marker, "s": area, "facecolor": inside, "edgecolor": mark.colour, "linewidth": 1.2}
+        axes.scatter([drawn[key]], [y], **look, zorder=4 - k / 10, clip_on=False)
+        number: Any = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center", "fontsize": 8.5}
+        weight = "bold" if _lost(panel, drawn, key) else "normal"
+        written = panel.written(drawn[key])
+        axes.text(1 + COLUMN * (k + 1), y, written, **number, color=mark.colour, fontweight=weight)
+
+
+def _lost(panel: Panel, values: dict[str, float], key: str) -> bool:
+    """Whether latentfast is slower there: by a ratio under 1, or by a share that is larger than its own."""
+    if panel.log:
+        return values[key] < 1
+    return key not in BACKENDS.values() and values[key] > _own(values)[0]
+
+
+def _axis(axes: Any, panel: Panel, low: float, high: float) -> None:
     from matplotlib import ticker
 
-    values = {i: speedups(row, clock) for i, row in enumerate(rows)}
-    order = sorted((i for i, v in values.items() if v), key=lambda i: -max(values[i].values()))
-    common = _most_common([f"{size(row)}, {row.dtype}" for row in rows])
-    keys = [key for key, _ in BASELINES if any(key in v for v in values.values())]
-    height = 0.8 / len(keys)
-    for k, key in enumerate(keys):
-        shift = (k - (len(keys) - 1) / 2) * height
-        points = [(y + shift, values[i][key]) for y, i in enumerate(order) if key in values[i]]
-        # From 1 on: on a logarithmic axis a bar has no zero to start from.
-        axes.barh([y for y, _ in points], [x - 1 for _, x in points], height * 0.88, left=1, color=COLOURS[key])
-        for y, x in points:
-            text, place, side = _ratio(x), (4 if x >= 1 else -4), ("left" if x >= 1 else "right")
-            axes.annotate(text, (x, y), (place, 0), textcoords="offset points", va="center", ha=side, fontsize=8)
-    axes.axvline(1, color=INK, linewidth=1.2)
-    axes.set_xscale("log")
-    ratios = [x for v in values.values() for x in v.values()]
-    low, high = min([1.0, *ratios]), max([2.0, *ratios])
-    room = (high / low) ** 0.12  # for the numbers at the bars' ends
-    axes.set_xlim(low / room**1.5 if low < 1 else 0.9, high * room)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel(f"times as fast (log); {common} unless said")
-    axes.set_yticks(range(len(order)), [_label(rows[i], common) for i in order])
-    axes.set_ylim(len(order) - 0.4, -0.6)
-    axes.set_title(title, loc="left")
-    _plain(axes, "x")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-
-
-def _ratio(x: float) -> str:
-    return f"{x:.0f}×" if x >= 9.95 else f"{x:.1f}×" if x >= 0.995 else f"{x:.2f}×"
-
-
-def _plain(axes: Any, grid: str) -> None:
-    axes.grid(axis=grid, color=FAINT, linewidth=0.6, zorder=0)
+    if panel.log:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.15, high * 1.15)
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        axes.set_xlim(0, high * 1.03)
+        axes.xaxis.set_major_locator(ticker.MultipleLocator(0.25))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if panel.log else f"{x:.0%}")
+    axes.axvline(1, color=INK, linewidth=1.2, zorder=2)
+    axes.grid(axis="x", color=FAINT, linewidth=0.5, zorder=0)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
+    axes.tick_params(axis="y", length=0, pad=7, labelsize=8.5)
+    axes.tick_params(axis="x", labelsize=8.5)
+    for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
 
 
-def _rate(row: Row, forms: Iterable[str]) -> float | None:
-    times = [t for form in forms if (t := row.baselines.get(form, Times()).device_us)]
-    return row.bytes / min(t[1] for t in times) / 1e3 if times else None
+def _ratio(x: float) -> str:
+    return f"{x:,.0f}×" if x >= 9.95 else f"{x:.1f}×" if x >= 0.995 else f"{x:.2f}×"
 
 
-def _roof(axes: Any, rows: list[Row], title: str) -> None:
-    """GB/s against the bytes of a call, the copy rate as the roof, a line from the slowest way up to ours."""
-    from matplotlib import ticker
-
-    # What multiplies matrices has another roof, and the slower backends of a case only hide it.
-    best = sorted((row for row in chosen(rows) if row.gbs and not row.flops), key=lambda row: row.gbs or 0.0)
-    lowest = copy = rows[0].environment.copy_tbs * 1e3
-    for row in best:
-        # Without the peers, which would press all others together under the roof: they are in the other picture.
-        points = [(key, _rate(row, forms)) for key, forms in BASELINES if key != "peer"]
-        found = [(key, y) for key, y in [*points, ("ours", row.gbs)] if y]
-        rates = [y for _, y in found]
-        axes.plot([row.bytes] * 2, [min(rates), max(rates)], color=FAINT, linewidth=1.2, zorder=1)
-        for key, y in found:
-            lowest = min(lowest, y)
-            marker, area, front = MARKERS[key]
-            axes.scatter([row.bytes], [y], s=area, color=COLOURS[key], marker=marker, zorder=front, linewidths=0)
-    axes.axhline(copy, color=INK, linewidth=1.4)
-    rate = f"{copy / 1e3:.2f} TB/s" if copy >= 1e3 else f"{copy:.0f} GB/s"
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    low, high = lowest / 1.4, max([copy, *(row.gbs or 0.0 for row in best)]) * 1.5
-    axes.set_ylim(low, high)
-    sizes = [row.bytes for row in best]
-    # Names stand beside the cloud, on a quarter of the width: of single clips at its left, of batches at its right.
-    batches = any(row.batch > 1 for row in best)
-    quarter = max(math.log(max(sizes) / min(sizes)), math.log(10)) * (0.6 if batches else 0.4)
-    axes.set_xlim(min(sizes) / math.exp(quarter), max(sizes) * (math.exp(quarter) if batches else 1.5))
-    for left in (True, False):
-        side = [row for row in best if (row.batch == 1) == left]
-        edge = min(row.bytes for row in side) / 1.4 if left and side else max(sizes) * 1.4
-        for row, y in zip(side, _apart([row.gbs or 0.0 for row in side], low, high), strict=True):
-            axes.plot([edge, row.bytes], [y, row.gbs], color=FAINT, linewidth=0.8, zorder=0)
-            name = f"{row.title}  " if left else f"  {row.title}, {size(row)}"
-            axes.annotate(
-                *(name, (edge, y)), ha="right" if left else "left", va="center", fontsize=8, bbox=PAPER, zorder=5
-            )
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1,) if batches else (1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e9:g} GB" if x >= 1e9 else f"{x / 1e6:g} MB")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("bytes that a call has to move, logarithmic")
-    axes.set_ylabel("GB/s, logarithmic  (higher is better)")
-    axes.set_title(f"{title}; the line: copying within its memory, {rate}", loc="left")
-    _plain(axes, "y")
-
-
-def _apart(values: list[float], low: float, high: float) -> list[float]:
-    """Ascending places for names at `values`, at least a line apart, on a logarithmic axis of `_height`."""
-    step = math.log(high / low) / max(34, 1.5 * len(values))
-    places: list[float] = []
-    for value in values:
-        wanted = math.log(value)
-        places.append(max(wanted, places[-1] + step) if places else max(wanted, math.log(low) + step))
-    # Pushed up only, the last would lie too high: back down from the roof.
-    for i in range(len(places) - 1, -1, -1):
-        places[i] = min(places[i], math.log(high) - step * (len(places) - i))
-    return [math.exp(place) for place in places]
-
-
-def _height(rows: list[Row]) -> float:
-    """Inches of a roofline: as many lines as there are names on its fuller side, and half as many again."""
-    clips = sum(row.batch == 1 for row in chosen(rows))
-    return max(6.2, 0.25 * max(clips, len(chosen(rows)) - clips) + 1)
+def _percent(x: float) -> str:
+    return f"{x:.0%}" if x >= 0.0095 else f"{x:.1%}"
 
 
 def draw(rows: list[Row]) -> dict[str, bytes]:
@@ -194,39 +229,49 @@ def draw(rows: list[Row]) -> dict[str, bytes]:
         raise ValueError(
             f"the pictures are of one GPU's and one CPU's rows, got {len(rows)} rows of {cards or 'no GPU'}"
         )
-    made = {"speedups.png": _speedups(gpu, cpu)}
-    if any(row.gbs and not row.flops for row in rows):
-        made["roofline.png"] = _roofline(gpu, cpu)
+    what = "how many times longer the other ways take, on logarithmic axes; bold: less than 1, latentfast is slower"
+    made = {"speedups.png": _drawn("Times as fast", what, _speedups(gpu, cpu))}
+    if panels := _shares(gpu, cpu):
+        what = (
+            "the least time in which the machine can move a call's bytes or multiply its matrices, over the time taken;"
+            " bold: faster than latentfast"
+        )
+        made["roofline.png"] = _drawn("Share of the machine's limit", what, panels)
     return made
 
 
-def _speedups(gpu: list[Row], cpu: list[Row]) -> bytes:
-    batches = [row for row in chosen(gpu) if row.batch > 1 or row.flops]
+def _speedups(gpu: list[Row], cpu: list[Row]) -> list[Panel]:
+    large = [row for row in chosen(gpu) if row.batch > 1 or row.bytes >= LARGE or row.flops]
     clips = [row for row in chosen(gpu) if row.batch == 1 and row.host_us]
-    panels = {
-        "device": (batches, "device_us", "On the device"),
-        "host": (clips, "host_us", "Until a call returns to the host"),
-        "cpu": (chosen(cpu), "device_us", _machine(cpu)),
-    }
-    panels = {name: panel for name, panel in panels.items() if any(speedups(row, panel[1]) for row in panel[0])}
-    heights = [0.34 * len(panel[0]) + 0.9 for panel in panels.values()]
-    title = f"Times as fast: {_machine(gpu or cpu)}"
-    with _figure([[name] for name in panels], (11.5, sum(heights) + 0.6), heights, title) as figure:
-        axes, finish = figure
-        for name, (rows, clock, title) in panels.items():
-            _bars(axes[name], rows, clock, title)
-        return finish([(f"over {LABELS[key]}", COLOURS[key], "s") for key, _ in BASELINES])
+    wanted = (
+        (f"{_machine(gpu)}: on the device", large, "device_us"),
+        (f"{_machine(gpu)}: until a call returns to the host", clips, "host_us"),
+        (_machine(cpu), chosen(cpu), "device_us"),
+    )
+    panels = []
+    for title, rows, clock in wanted:
+        lines = [Line(row, values) for row in rows if (values := speedups(row, clock))]
+        if lines:
+            marks = tuple(key for key in ("compiled", "eager", "peer") if any(key in line.values for line in lines))
+            panels.append(Panel(title, lines, marks, _ratio, log=True))
+    return panels
 
 
-def _roofline(gpu: list[Row], cpu: list[Row]) -> bytes:
-    panels = {name: rows for name, rows in (("gpu", gpu), ("cpu", cpu)) if any(r.gbs and not r.flops for r in rows)}
-    title = "Memory rate of a call against its size"
-    heights = [_height(rows) for rows in panels.values()]
-    with _figure([[name] for name in panels], (11.5, sum(heights) + 0.4), heights, title) as figure:
-        axes, finish = figure
-        for name, rows in panels.items():
-            _roof(axes[name], rows, _machine(rows))
-        return finish([(LABELS[key], COLOURS[key], marker) for key, (marker, _, _) in MARKERS.items()])
+def _shares(gpu: list[Row], cpu: list[Row]) -> list[Panel]:
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in [*gpu, *cpu]:
+        cases.setdefault((str(row.on_gpu), *row.case), []).append(row)
+    lines = [Line(chosen(rows)[0], values) for rows in cases.values() if _own(values := shares(rows))]
+    panels = []
+    for title, found in (
+        ("calls that move 100 MB and more", [i for i in lines if i.row.on_gpu and i.row.bytes >= LARGE]),
+        ("calls that move less", [i for i in lines if i.row.on_gpu and i.row.bytes < LARGE]),
+        ("what lies in its cache comes in at more than 100%", [i for i in lines if not i.row.on_gpu]),
+    ):
+        if found:
+            marks = tuple(key for key in MARKS if any(key in line.values for line in found))
+            panels.append(Panel(f"{_machine([found[0].row])}: {title}", found, marks, _percent))
+    return panels
 
 
 def _machine(rows: list[Row]) -> str:
@@ -236,43 +281,37 @@ def _machine(rows: list[Row]) -> str:
     return e.card if rows[0].on_gpu else f"{e.card}, {e.threads} threads"
 
 
+def _drawn(title: str, what: str, panels: list[Panel]) -> bytes:
+    """The panels one below the other, as PNG."""
+    heights = [LINE * (len(p.lines) + GAP * len({line.row.stem for line in p.lines})) + FRAME for p in panels]
+    with _figure((11.5, sum(heights) + HEAD), heights) as (figure, axes):
+        head = {"x": 0.008, "ha": "left", "va": "top"}
+        figure.suptitle(title, y=1 - 0.1 / figure.get_figheight(), **head, fontsize=13, fontweight="bold")
+        figure.text(y=1 - 0.38 / figure.get_figheight(), s=what, **head, fontsize=9.5)
+        for one, panel in zip(axes, panels, strict=True):
+            _dots(one, panel)
+        buffer = io.BytesIO()
+        # White, not transparent: dark ink on a dark page could not be read. No date inside: same rows, same bytes.
+        figure.savefig(buffer, dpi=130, facecolor="white", metadata={"Software": None}, format="png")
+        return buffer.getvalue()
+
+
 @contextmanager
-def _figure(
-    layout: list[list[str]], inches: tuple[float, float], heights: list[float] | None, title: str
-) -> Iterator[tuple[dict[str, Any], Callable[[list[tuple[str, str, str]]], bytes]]]:
-    """The axes by name, and what adds the legend (label, colour, marker) and gives the picture."""
+def _figure(inches: tuple[float, float], heights: list[float]) -> Iterator[tuple[Any, Any]]:
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
 
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style: Any = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10}
+    style: Any = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 12}
     style |= dict.fromkeys(inked, INK)
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplot_mosaic(layout, figsize=inches, height_ratios=heights, layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-
-        def finish(entries: list[tuple[str, str, str]]) -> bytes:
-            drawn = {to_hex(colour) for one in axes.values() for colour in _colours(one)}
-            marks = [
-                Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-                for label, colour, marker in entries
-                if colour in drawn
-            ]
-            figure.legend(handles=marks, loc="outside upper right", ncols=len(marks), frameon=False)
-            buffer = io.BytesIO()
-            # White, not transparent: dark ink on a dark page could not be read. No date inside: same rows, same bytes.
-            figure.savefig(buffer, dpi=130, facecolor="white", metadata={"Software": None}, format="png")
-            return buffer.getvalue()
-
-        from matplotlib.colors import to_hex
-
+        figure, axes = pyplot.subplots(len(heights), figsize=inches, squeeze=False)
+        # By hand: margins of the same inches in all panels, so that their names, points and numbers stand in line.
+        top = inches[1] - HEAD
+        for one, height in zip(axes[:, 0], heights, strict=True):
+            bottom = top - height + 0.45
+            one.set_position((LEFT, bottom / inches[1], RIGHT - LEFT, (height - FRAME) / inches[1]))
+            top -= height
         try:
-            yield axes, finish
+            yield figure, axes[:, 0]
         finally:
             pyplot.close(figure)
-
-
-def _colours(axes: Any) -> Iterator[Any]:
-    """Of the bars and the points."""
-    yield from (bar.get_facecolor() for bar in axes.patches)
-    yield from (colour for cloud in axes.collections for colour in cloud.get_facecolor())

@@ -250,6 +250,16 @@ def test_the_faster_of_a_baselines_forms_is_drawn():
     assert plot.speedups(row, "device_us") == {"eager": 3.0, "compiled": 0.8, "peer": 10.0}  # the peer: a caller's wait
 
 
+def test_shares_are_of_the_floor_and_the_fastest_form():
+    times = {"eager": 40.0, "field_eager": 80.0, "compiled": 8.0}
+    baselines = {name: rows.Times([x, x, x]) for name, x in times.items()}
+    first = dataclasses.replace(
+        measured_rows()[0], backend="cuda", floor_us=4.0, floor_share=0.4, baselines=baselines, device_us=[10.0] * 3
+    )
+    second = dataclasses.replace(first, backend="triton", floor_share=0.2, baselines={})
+    assert plot.shares([second, first]) == {"native": 0.4, "triton": 0.2, "eager": 0.1, "compiled": 0.5}
+
+
 def test_slerp_peer_takes_one_or_many_t():
     a, b = torch.randn(2, 2, 3, 4, 5, 6)
     one, many = torch.tensor(0.25), torch.tensor([0.25, 0.5])

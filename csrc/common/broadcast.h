@@ -4,13 +4,7 @@
 
 #include <cstdint>
 
-#ifndef LATENTFAST_HD
-#ifdef __CUDACC__
-#define LATENTFAST_HD __host__ __device__ inline
-#else
-#define LATENTFAST_HD inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace latentfast {
 

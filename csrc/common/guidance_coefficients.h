@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LATENTFAST_HD __host__ __device__ inline
-#else
-#define LATENTFAST_HD inline
-#endif
+#include "host_device.h"
 
 namespace latentfast {
 

@@ -11,11 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define LATENTFAST_HD __host__ __device__ inline
-#else
-#define LATENTFAST_HD inline
-#endif
+#include "host_device.h"
 
 namespace latentfast {
 

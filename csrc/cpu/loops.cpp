@@ -2,6 +2,7 @@
 #include "cpu/loops.h"
 
 #include <cstring>
+#include <utility>
 
 #include "cpu/loops_arc.h"
 #include "cpu/loops_lanes.h"
@@ -316,6 +317,22 @@ void stream(const void* x, int64_t bytes, void* out) {
   std::memcpy(to + i, from + i, bytes - i);
 }
 
+template <Norm kNorm, typename C>
+constexpr void put_norm(LoopsOf<C>& out) {
+  constexpr int norm = static_cast<int>(kNorm);
+  out.first_difference[norm][0] = difference<kNorm, false, false, C>;
+  out.first_difference[norm][1] = difference<kNorm, true, false, C>;
+  out.second_difference[norm][0] = difference<kNorm, false, true, C>;
+  out.second_difference[norm][1] = difference<kNorm, true, true, C>;
+  out.first_step[norm][0] = first_step<kNorm, false, C>;
+  out.first_step[norm][1] = first_step<kNorm, true, C>;
+}
+
+template <typename C, int... kIndex>
+constexpr void put_combine(LoopsOf<C>& out, std::integer_sequence<int, kIndex...>) {
+  ((out.combine[kIndex] = combine<kIndex + 1, C>), ...);
+}
+
 template <typename C>
 constexpr LoopsOf<C> loops_for() {
   LoopsOf<C> out{};
@@ -335,24 +352,9 @@ constexpr LoopsOf<C> loops_for() {
   out.multiply = multiply<C>;
   out.scores = scores<C>;
   out.softmax_row = softmax_row<C>;
-  out.first_difference[0][0] = difference<Norm::l2, false, false, C>;
-  out.first_difference[0][1] = difference<Norm::l2, true, false, C>;
-  out.first_difference[1][0] = difference<Norm::l1, false, false, C>;
-  out.first_difference[1][1] = difference<Norm::l1, true, false, C>;
-  out.first_difference[2][0] = difference<Norm::charbonnier, false, false, C>;
-  out.first_difference[2][1] = difference<Norm::charbonnier, true, false, C>;
-  out.second_difference[0][0] = difference<Norm::l2, false, true, C>;
-  out.second_difference[0][1] = difference<Norm::l2, true, true, C>;
-  out.second_difference[1][0] = difference<Norm::l1, false, true, C>;
-  out.second_difference[1][1] = difference<Norm::l1, true, true, C>;
-  out.second_difference[2][0] = difference<Norm::charbonnier, false, true, C>;
-  out.second_difference[2][1] = difference<Norm::charbonnier, true, true, C>;
-  out.first_step[0][0] = first_step<Norm::l2, false, C>;
-  out.first_step[0][1] = first_step<Norm::l2, true, C>;
-  out.first_step[1][0] = first_step<Norm::l1, false, C>;
-  out.first_step[1][1] = first_step<Norm::l1, true, C>;
-  out.first_step[2][0] = first_step<Norm::charbonnier, false, C>;
-  out.first_step[2][1] = first_step<Norm::charbonnier, true, C>;
+  put_norm<Norm::l2>(out);
+  put_norm<Norm::l1>(out);
+  put_norm<Norm::charbonnier>(out);
   out.shifted_sums = shifted_sums<C>;
   out.shifted_sums_columns = shifted_sums_columns<C>;
   out.affine = affine<C>;
@@ -370,15 +372,7 @@ constexpr LoopsOf<C> loops_for() {
   out.apart_sums[1] = apart_sums<true, C>;
   out.guide[0] = guide<false, C>;
   out.guide[1] = guide<true, C>;
-  static_assert(kTerms == 8);
-  out.combine[0] = combine<1, C>;
-  out.combine[1] = combine<2, C>;
-  out.combine[2] = combine<3, C>;
-  out.combine[3] = combine<4, C>;
-  out.combine[4] = combine<5, C>;
-  out.combine[5] = combine<6, C>;
-  out.combine[6] = combine<7, C>;
-  out.combine[7] = combine<8, C>;
+  put_combine(out, std::make_integer_sequence<int, kTerms>());
   return out;
 }
 

@@ -106,6 +106,18 @@ def _weight(mask, at, here, like):
 
 
 @triton.jit
+def _weights(partials, sample, total1, total2, repeats, chunks, sample_step, LANES: tl.constexpr):
+    """Σ w of a sample's first and second differences; `total1` and `total2` where there is no mask."""
+    w1 = tl.full([1], total1, tl.float64)
+    w2 = tl.full([1], total2, tl.float64)
+    if partials is not None:
+        at = partials + sample * sample_step * 2 * chunks
+        w1 = ordered_sum(at, chunks, LANES) * tl.full([1], repeats, tl.float64)
+        w2 = ordered_sum(at + chunks, chunks, LANES) * tl.full([1], repeats, tl.float64)
+    return w1, w2
+
+
+@triton.jit
 def _temporal(
     z, ref, mask, mask_partials, partials, grad,
     first: tl.float64, second: tl.float64, eps: tl.float64, scale: tl.float64,
@@ -137,12 +149,7 @@ def _temporal(
     kind = x0.dtype
     width = tl.full([1], eps, tl.float64).to(kind)
     factor = tl.full([1], scale, tl.float64)
-    w1 = tl.full([1], total1, tl.float64)
-    w2 = tl.full([1], total2, tl.float64)
-    if mask is not None:
-        mask_at = mask_partials + sample * mask_sample * 2 * mask_chunks
-        w1 = ordered_sum(mask_at, mask_chunks, LANES) * tl.full([1], repeats, tl.float64)
-        w2 = ordered_sum(mask_at + mask_chunks, mask_chunks, LANES) * tl.full([1], repeats, tl.float64)
+    w1, w2 = _weights(mask_partials, sample, total1, total2, repeats, mask_chunks, mask_sample, LANES)
     c1 = tl.where(w1 == 0.0, 0.0, tl.full([1], first, tl.float64) * factor / tl.where(w1 == 0.0, 1.0, w1)).to(kind)
     c2 = tl.where(w2 == 0.0, 0.0, tl.full([1], second, tl.float64) * factor / tl.where(w2 == 0.0, 1.0, w2)).to(kind)
     m0 = x0
@@ -214,12 +221,7 @@ def _finish(
     sample = tl.program_id(0).to(tl.int64)
     l1 = ordered_sum(partials + sample * 2 * programs, programs, LANES)
     l2 = ordered_sum(partials + (sample * 2 + 1) * programs, programs, LANES)
-    w1 = tl.full([1], total1, tl.float64)
-    w2 = tl.full([1], total2, tl.float64)
-    if mask_partials is not None:
-        at = mask_partials + sample * mask_sample * 2 * mask_chunks
-        w1 = ordered_sum(at, mask_chunks, LANES) * tl.full([1], repeats, tl.float64)
-        w2 = ordered_sum(at + mask_chunks, mask_chunks, LANES) * tl.full([1], repeats, tl.float64)
+    w1, w2 = _weights(mask_partials, sample, total1, total2, repeats, mask_chunks, mask_sample, LANES)
     term1 = tl.full([1], first, tl.float64) * tl.where(w1 == 0.0, 0.0, l1 / tl.where(w1 == 0.0, 1.0, w1))
     term2 = tl.full([1], second, tl.float64) * tl.where(w2 == 0.0, 0.0, l2 / tl.where(w2 == 0.0, 1.0, w2))
     tl.store(loss + sample + tl.arange(0, 1), (term1 + term2).to(loss.dtype.element_ty))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from latentfast.cli import bench
+from latentfast.cli.options import grouped
 from latentfast.cli.request import Request
 
 __all__ = ["run"]
@@ -24,32 +25,6 @@ app = typer.Typer(
 
 app.add_typer(bench.app)
 
-SAMPLING = "Model and sampling"
-Model = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="A local diffusers text-to-video pipeline; default: the embedded model.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=SAMPLING)]
-Backend = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="native-cpu, cuda, triton or eager; default: the fastest there is.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.", rich_help_panel=SAMPLING)]
-Guidance = Annotated[
-    float | None, typer.Option(min=0, help="Classifier-free guidance scale.", rich_help_panel=SAMPLING)
-]
-Height = Annotated[int | None, typer.Option(min=1, help="Pixels.", rich_help_panel=SAMPLING)]
-Width = Annotated[int | None, typer.Option(min=1, help="Pixels.", rich_help_panel=SAMPLING)]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a clip.", rich_help_panel=SAMPLING)]
 # torch takes negative seeds and wraps them around silently, and numbers above 64 bits are an error of its own.
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the starting noise, drawn on the CPU.")]
 Fps = Annotated[int, typer.Option(min=1, max=240, help="Frames a second of the mp4.")]
@@ -66,54 +41,42 @@ def options(
 
 
 @app.command()
+@grouped
 def demo(
+    *,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the clips and the report go.")] = Path(
         "latentfast-demo"
     ),
     seed: Seed = 0,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    backend: Backend = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
+    request: Request,
 ) -> None:
     """Show what latentfast does on real clips: a folder with mp4 files, report.html and run.json."""
     from latentfast.cli.demo import run_demo
 
-    request = Request(model, device, dtype, backend, steps, guidance, height, width, frames)
     run_demo(request, out=out, seed=seed)
 
 
 @app.command()
+@grouped
 def generate(
+    *,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the clip shows.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The mp4.")] = Path("clip.mp4"),
     seed: Seed = 0,
     fps: Fps = 16,
     save_latents: SaveLatents = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    backend: Backend = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
+    request: Request,
 ) -> None:
     """Make a clip from a prompt."""
     from latentfast.cli import clips
 
-    request = Request(model, device, dtype, backend, steps, guidance, height, width, frames)
     clips.generate(request, clips.Output(out, fps, save_latents), prompt=prompt, seed=seed)
 
 
 @app.command()
+@grouped
 def interpolate(
+    *,
     prompt_a: Annotated[str, typer.Argument(metavar="PROMPT_A", help="What the first clip shows.")],
     prompt_b: Annotated[
         str | None, typer.Argument(metavar="[PROMPT_B]", help="What the last clip shows; default: the same.")
@@ -134,20 +97,11 @@ def interpolate(
     columns: Annotated[int | None, typer.Option(min=1, help="Clips in a row; default: all.")] = None,
     fps: Fps = 16,
     save_latents: SaveLatents = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    backend: Backend = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
+    request: Request,
 ) -> None:
     """Make the clips on the way from one seed or prompt to another."""
     from latentfast.cli import clips
 
-    request = Request(model, device, dtype, backend, steps, guidance, height, width, frames)
     clips.interpolate(
         request,
         clips.Output(out, fps, save_latents),
@@ -160,7 +114,9 @@ def interpolate(
 
 
 @app.command()
+@grouped
 def edit(
+    *,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the source clip shows.")],
     edit_prompt: Annotated[
         str, typer.Argument(metavar="EDIT_PROMPT", help="What the edited clip shows inside the mask.")
@@ -183,20 +139,11 @@ def edit(
     seed: Seed = 0,
     fps: Fps = 16,
     save_latents: SaveLatents = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    backend: Backend = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
+    request: Request,
 ) -> None:
     """Make a clip and change it inside a region only: outside, the latents keep their bits."""
     from latentfast.cli import clips
 
-    request = Request(model, device, dtype, backend, steps, guidance, height, width, frames)
     clips.edit(
         request,
         clips.Output(out, fps, save_latents),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentfast.cli.errors import UserError
+from latentfast.cli.options import grouped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,44 +23,47 @@ app = typer.Typer(
 
 DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16", "float16", "float64")
 
-Stem = Annotated[
-    list[str] | None, typer.Option("--stem", metavar="STEM", help="Only this family of operations (repeatable).")
-]
 Device = Annotated[str, typer.Option(metavar="[auto|cpu|cuda]", help="auto: the GPU if there is one.")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Not the cases' own but this one.")]
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        metavar="MODEL",
-        help="Each operation once at this public model's latents, such as wan21_14b_720p (repeatable).",
-    ),
-]
-Batch = Annotated[int, typer.Option(min=1, help="With --model: samples.")]
-Only = Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, few rounds: checks that everything runs.")]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which cases, and where."""
+
+    stem: Annotated[
+        list[str] | None, typer.Option("--stem", metavar="STEM", help="Only this family of operations (repeatable).")
+    ] = None
+    device: Device = "auto"
+    dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="Not the cases' own but this one.")] = "auto"
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Each operation once at this public model's latents, such as wan21_14b_720p (repeatable).",
+        ),
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="With --model: samples.")] = 1
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name contains this.")] = ""
+    quick: Quick = False
+
+
 Results = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Of the rows; default: those that come with latentfast.")
 ]
 
 
 @app.command("list")
-def list_cases(
-    stem: Stem = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    model: Models = None,
-    batch: Batch = 1,
-    only: Only = "",
-    quick: Quick = False,
-) -> None:
+@grouped
+def list_cases(choice: Choice) -> None:
     """List the cases that `run` with the same options measures."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in ("stem", "case", "shape", "peer"):
         table.add_column(header, overflow="fold")
-    for case in _selection(stem, device, dtype, model, batch, only, quick, measured=False).cases():
+    for case in _selection(choice, measured=False).cases():
         operation = case.operation
         peer = operation.peer.note if operation.peer else "–"
         table.add_row(operation.stem, case.id, "x".join(map(str, case.shape)), peer)
@@ -66,14 +71,9 @@ def list_cases(
 
 
 @app.command()
+@grouped
 def run(
-    stem: Stem = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    model: Models = None,
-    batch: Batch = 1,
-    only: Only = "",
-    quick: Quick = False,
+    choice: Choice,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the rows go, one JSON object a line.")] = Path(
         "latentfast-bench"
     ),
@@ -90,7 +90,7 @@ def run(
     from latentfast.benchmarks.run import default_jobs
     from latentfast.benchmarks.run import run as measure_all
 
-    selection = _selection(stem, device, dtype, model, batch, only, quick)
+    selection = _selection(choice)
     console = _console()
     for name in selection.without_size():
         console.print(f"! {name} has no size for {', '.join(selection.models)}")
@@ -136,7 +136,7 @@ def plot(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets roofline.png and speedups.png.")] = Path("."),
     card: Annotated[str, typer.Option(help="A part of the GPU's name, if there are rows of several.")] = "",
 ) -> None:
-    """Draw the rows: a roofline, and the speed-ups over eager PyTorch, torch.compile and the peers."""
+    """Draw the rows: shares of the machine's limit, and speed-ups over eager PyTorch, torch.compile and the peers."""
     from latentfast.benchmarks.plot import draw
     from latentfast.cli.output import atomic_outputs
 
@@ -221,32 +221,24 @@ def _device(name: str, measured: bool = True) -> str:
     return name
 
 
-def _selection(
-    stem: list[str] | None,
-    device: str,
-    dtype: str,
-    model: list[str] | None,
-    batch: int,
-    only: str,
-    quick: bool,
-    measured: bool = True,
-) -> Any:
+def _selection(choice: Choice, measured: bool = True) -> Any:
     from latentfast.benchmarks.cases import STEMS, Selection
     from latentfast.benchmarks.operation import MODELS
 
+    stems, models = tuple(choice.stem or ()), tuple(choice.model or ())
     for option, known, values in (
-        ("--stem", tuple(STEMS), stem or []),
-        ("--model", tuple(MODELS), model or []),
-        ("--dtype", DTYPES, [dtype]),
+        ("--stem", tuple(STEMS), stems),
+        ("--model", tuple(MODELS), models),
+        ("--dtype", DTYPES, (choice.dtype,)),
     ):
         for value in values:
             if value not in known:
                 raise UserError(f"{option}: expected one of {', '.join(known)}, got '{value}'")
-    dtype = "" if dtype == "auto" else dtype
-    where = _device(device, measured)
-    selection = Selection(where, tuple(stem or ()), only, tuple(model or ()), batch, dtype, quick)
+    dtype = "" if choice.dtype == "auto" else choice.dtype
+    where = _device(choice.device, measured)
+    selection = Selection(where, stems, choice.only, models, choice.batch, dtype, choice.quick)
     if not selection.cases():
-        raise UserError(f"no case is left: --only '{only}' is in no name (see `latentfast bench list`)")
+        raise UserError(f"no case is left: --only '{choice.only}' is in no name (see `latentfast bench list`)")
     return selection
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
 import latentfast
@@ -20,19 +22,27 @@ from latentfast.cli.sampler import Sampler
 __all__ = ["Mask", "Request", "check_prompt"]
 
 
+_option = functools.partial(typer.Option, rich_help_panel="Model and sampling")
+
+
 @dataclass(frozen=True)
 class Request:
-    """The options that the commands share; None leaves a value to the model."""
+    """The options that the commands share (see `grouped`); None leaves a value to the model."""
 
-    model: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
+    model: Annotated[
+        Path | None,
+        _option(metavar="FOLDER", help="A local diffusers text-to-video pipeline; default: the embedded model."),
+    ] = None
+    device: Annotated[str, _option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[str, _option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    backend: Annotated[
+        str | None, _option(metavar="NAME", help="native-cpu, cuda, triton or eager; default: the fastest there is.")
+    ] = None
+    steps: Annotated[int | None, _option(min=1, help="Denoising steps.")] = None
+    guidance: Annotated[float | None, _option(min=0, help="Classifier-free guidance scale.")] = None
+    height: Annotated[int | None, _option(min=1, help="Pixels.")] = None
+    width: Annotated[int | None, _option(min=1, help="Pixels.")] = None
+    frames: Annotated[int | None, _option(min=1, help="Frames of a clip.")] = None
 
     @contextmanager
     def sampler(self) -> Iterator[Sampler]:

@@ -9,27 +9,8 @@ from torch.autograd.function import once_differentiable
 from latentfast import _direct
 from latentfast.backends import implementation
 from latentfast.ops import _checks
+from latentfast.ops._sums import per_sample, summed_to, total
 from latentfast.ops._vectors import on_device
-
-
-def _total(x: Tensor) -> Tensor:
-    """The sum of all elements, with the same bits for any number of threads: torch divides a sum into parts only
-    where it has a single result, so first to 1024 results.
-    """
-    flat = x.flatten()
-    if flat.numel() <= 1024:
-        return flat.sum()
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024).sum(0).sum()
-
-
-def _summed_to(x: Tensor, like: Tensor) -> Tensor:
-    """`x` summed over the dimensions along which `like` was broadcast to it, in `x`'s dtype."""
-    return _total(x).reshape(like.shape) if like.numel() == 1 else x.sum_to_size(like.shape)
-
-
-def _per_sample(x: Tensor) -> Tensor:
-    """The sum of each sample, with the same bits for any number of threads and alone or in a batch."""
-    return torch.stack([_total(sample) for sample in x.unbind(0)]) if x.shape[0] else x.new_zeros(0)
 
 
 class _Edit(torch.autograd.Function):
@@ -61,12 +42,12 @@ class _Edit(torch.autograd.Function):
             m = None if mask is None else (mask[m_index] if mask.ndim > g.ndim else mask).to(wide)
             masked = g if m is None else g * m
             if grad_d is not None:
-                grad_d[d_index] += _summed_to(masked * si, d)
+                grad_d[d_index] += summed_to(masked * si, d)
             if grad_s is not None:
-                grad_s[i] = _per_sample(masked * d) if s.ndim == 2 else _total(masked * d)
+                grad_s[i] = per_sample(masked * d) if s.ndim == 2 else total(masked * d)
             if grad_m is not None and m is not None:
                 slot = grad_m[m_index] if mask.ndim > g.ndim else grad_m
-                slot += _summed_to(g * d * si, m)
+                slot += summed_to(g * d * si, m)
         return (
             grad if want_z else None,
             None if grad_d is None else grad_d.to(directions.dtype),
@@ -191,7 +172,7 @@ class _Blend(torch.autograd.Function):
         grad_mask = None
         if want_mask:
             wide = _checks.wide(grad.dtype)
-            grad_mask = _summed_to(grad.to(wide) * (edited.to(wide) - base.to(wide)), mask).to(mask.dtype)
+            grad_mask = summed_to(grad.to(wide) * (edited.to(wide) - base.to(wide)), mask).to(mask.dtype)
         return grad - share if want_base else None, share if want_edited else None, grad_mask
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latentfast.backends import implementation
 from latentfast.ops import _checks
-from latentfast.ops.edit import _total as total
+from latentfast.ops._sums import total
 from latentfast.ops.guidance import MOST_TENSORS, combine
 
 #: The widest head that the kernels hold a tile of: that of the attention kernels these heat maps stand beside.
@@ -238,11 +238,11 @@ def _combined(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tenso
     if len(tensors) <= MOST_TENSORS:
         return combine(tensors, coefficients)
     wide, dtype = _checks.wide(tensors[0].dtype), tensors[0].dtype
-    total = combine([x.to(wide) for x in tensors[:MOST_TENSORS]], coefficients[:MOST_TENSORS])
+    mixed = combine([x.to(wide) for x in tensors[:MOST_TENSORS]], coefficients[:MOST_TENSORS])
     for at in range(MOST_TENSORS, len(tensors), MOST_TENSORS - 1):
         some = slice(at, at + MOST_TENSORS - 1)
-        total = combine([total, *(x.to(wide) for x in tensors[some])], [1.0, *coefficients[some]])
-    return total.to(dtype)
+        mixed = combine([mixed, *(x.to(wide) for x in tensors[some])], [1.0, *coefficients[some]])
+    return mixed.to(dtype)
 
 
 def flow_edit_step(

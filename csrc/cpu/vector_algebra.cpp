@@ -63,8 +63,8 @@ void dots(const T* x, int64_t x_count, const T* y, int64_t y_count, int64_t each
 
 // `coefficients` (K, vectors or 1, N); out (K, …).
 template <typename T, typename W>
-void combine(const T* x, int64_t x_count, const W* coefficients, int64_t k_count, int64_t coefficient_rows,
-             int64_t each, const Vectors& vectors, const Output<T>& out) {
+void mix(const T* x, int64_t x_count, const W* coefficients, int64_t k_count, int64_t coefficient_rows,
+         int64_t each, const Vectors& vectors, const Output<T>& out) {
   using C = Working<T>;
   const auto& loop = loops_of<C>();
   const auto coefficient = [&](int64_t k, int64_t v, int64_t i) {
@@ -146,8 +146,8 @@ void vector_mix(const View& x, const View& coefficients, int64_t p, int64_t n, i
   const int64_t k = coefficients.size(0);
   dispatch_floating(x.scalar_type(), "vector_mix", [&]<typename T>() {
     dispatch_wide(coefficients.scalar_type(), "vector_mix's coefficients", [&]<typename W>() {
-      combine(data<T>(x), x.size(0), data<W>(coefficients), k, coefficients.size(1), out.numel() / k,
-              Vectors{p, n, q, m}, Output(mutable_data<T>(out), out.numel()));
+      mix(data<T>(x), x.size(0), data<W>(coefficients), k, coefficients.size(1), out.numel() / k,
+          Vectors{p, n, q, m}, Output(mutable_data<T>(out), out.numel()));
     });
   });
 }
