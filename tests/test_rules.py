@@ -154,7 +154,8 @@ def test_rule2_gradcheck_in_float64(operation: Operation, target: Target) -> Non
         return operation.call(**{**inputs, **dict(zip(names, values, strict=True))})
 
     # Fast mode compares random projections of the Jacobian: a few calls in place of one for every element.
-    fast = target.interpreted or target.backend == "eager" or operation.function == "spherical_mean"
+    many = operation.function in ("spherical_mean", "latent_to_rgb")  # calls a Jacobian, or thousands of results
+    fast = target.interpreted or target.backend == "eager" or many
     assert torch.autograd.gradcheck(function, leaves, fast_mode=fast)
 
 

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int64_t at = first + u * kThreads * V;
-    if (at < count) load_raw<true>(raw[u], x + at);
+    if (at < count) load_raw(raw[u], x + at);
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {

@@ -19,14 +19,14 @@ struct Raw {
 };
 
 // 8 bytes that are read once.
-__device__ __forceinline__ uint2 load_once_8(const void* p) {
+__device__ __forceinline__ uint2 load_8(const void* p) {
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 
-// kOnce: nothing else reads these elements soon. For inputs only: the loads go through the read-only path.
-template <bool kOnce, typename T, int V>
+// For inputs only: the loads go through the read-only path.
+template <typename T, int V>
 __device__ __forceinline__ void load_raw(Raw<T, V>& raw, const T* p) {
   using Unit = typename Raw<T, V>::Unit;
   const Unit* units = reinterpret_cast<const Unit*>(p);
@@ -35,9 +35,9 @@ __device__ __forceinline__ void load_raw(Raw<T, V>& raw, const T* p) {
     if constexpr (V == 1) {
       raw.units[i] = *units;
     } else if constexpr (sizeof(Unit) == 16) {
-      raw.units[i] = kOnce ? load_once(units + i) : load(units + i);
+      raw.units[i] = load(units + i);
     } else {
-      raw.units[i] = kOnce ? load_once_8(units + i) : __ldg(units + i);
+      raw.units[i] = load_8(units + i);
     }
   }
 }
@@ -110,10 +110,10 @@ __device__ __forceinline__ void store_selected(T* p, const Raw<T, V>& x, const R
 // V elements from a row; where the operand does not change along the row (inner_stride 0), the one element,
 // which `fill_row` repeats when it is needed: arithmetic beside the load would wait for it, and hold up the
 // loads that follow.
-template <bool kOnce, typename T, int V>
+template <typename T, int V>
 __device__ __forceinline__ void load_row(Raw<T, V>& raw, const T* p, int64_t inner_stride) {
   if (V == 1 || inner_stride != 0) {
-    load_raw<kOnce>(raw, p);
+    load_raw(raw, p);
   } else if constexpr (V > 1 && sizeof(T) == 2) {
     raw.units[0].x = *reinterpret_cast<const uint16_t*>(p);
   } else if constexpr (V > 1) {

@@ -84,10 +84,10 @@ __global__ void __launch_bounds__(kWalkThreads, kPlain ? 2 : 1)
   const M* mask = static_cast<const M*>(p.mask) + spot.offset[kMask] + spot.first * walk.repeat_stride[kMask];
   const auto load = [&](auto& to) {
 #pragma unroll
-    for (int g = 0; g < G; ++g) load_raw<true>(to.z[g], z + g * walk.group_stride[kZ]);
+    for (int g = 0; g < G; ++g) load_raw(to.z[g], z + g * walk.group_stride[kZ]);
     z += walk.repeat_stride[kZ];
     if constexpr (kMasked) {
-      load_row<false>(to.mask, mask, mask_inner);
+      load_row(to.mask, mask, mask_inner);
       mask += walk.repeat_stride[kMask];
     }
   };
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kWalkThreads, kPlain ? 2 : 1)
     Raw<T, V> raw[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-      load_row<true>(raw[g], directions + g * walk.group_stride[kDirection], direction_inner);
+      load_row(raw[g], directions + g * walk.group_stride[kDirection], direction_inner);
     }
     directions += p.direction_stride;
     const C s = strength_of(p, spot, n, 0);
@@ -165,13 +165,13 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
-      load_raw<true>(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
+      load_raw(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
       if (kDirections == kSingle) {
-        load_row<true>(single[u], directions + (r0 + u) * walk.repeat_stride[kDirection],
+        load_row(single[u], directions + (r0 + u) * walk.repeat_stride[kDirection],
                        walk.inner_stride[kDirection]);
       }
       if (kind == kOneMask) {
-        load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
+        load_row(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
       }
     }
     [[maybe_unused]] C step[U][V];
@@ -188,11 +188,11 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           if (!inside(u)) continue;
-          load_row<true>(raw[u],
+          load_row(raw[u],
                          directions + n * p.direction_stride + (r0 + u) * walk.repeat_stride[kDirection],
                          walk.inner_stride[kDirection]);
           if (kind == kMaskEach) {
-            load_row<false>(each[u], mask + n * p.mask_stride + (r0 + u) * walk.repeat_stride[kMask],
+            load_row(each[u], mask + n * p.mask_stride + (r0 + u) * walk.repeat_stride[kMask],
                             walk.inner_stride[kMask]);
           }
         }
@@ -273,9 +273,9 @@ __global__ void __launch_bounds__(kWalkThreads) blend_kernel(const __grid_consta
     for (int u = 0; u < U; ++u) {
       if (!inside(u)) continue;
       const int64_t at = spot.offset[0] + (r0 + u) * walk.repeat_stride[0];
-      load_raw<true>(base[u], p.base + at);
-      load_raw<true>(edited[u], p.edited + at);
-      load_row<false>(m[u], mask + (r0 + u) * walk.repeat_stride[1], walk.inner_stride[1]);
+      load_raw(base[u], p.base + at);
+      load_raw(edited[u], p.edited + at);
+      load_row(m[u], mask + (r0 + u) * walk.repeat_stride[1], walk.inner_stride[1]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {

@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(const __grid_constan
       const int64_t at = base + e + i * kStep;
       if (e + i * kStep >= end) continue;
       if (predicted) {
-        load_raw<true>(c[i], p.cond + at);
-        load_raw<true>(u[i], p.uncond + at);
+        load_raw(c[i], p.cond + at);
+        load_raw(u[i], p.uncond + at);
       }
-      if (steps) load_raw<true>(x[i], p.sample + at);
+      if (steps) load_raw(x[i], p.sample + at);
     }
     if (kSums && waiting) {
       if (threadIdx.x == 0) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kPassThreads) combine_kernel(const __grid_cons
 #pragma unroll
       for (int i = 0; i < U; ++i) {
         const int64_t at = first + i * kPassThreads * V;
-        if (at < p.elements) load_raw<true>(raw[k][i], p.tensors[n + k] + at);
+        if (at < p.elements) load_raw(raw[k][i], p.tensors[n + k] + at);
       }
     }
 #pragma unroll

@@ -105,7 +105,7 @@ __device__ __forceinline__ void read_mask(const Guided<T>& p, int64_t sample, in
     if constexpr (V > 1) {
       const int64_t inner = p.mask_dims.stride[0][p.mask_dims.dims - 1];
       Raw<M, V> raw;
-      load_row<false>(raw, mask + p.mask_at(sample, e), inner);
+      load_row(raw, mask + p.mask_at(sample, e), inner);
       fill_row(raw, inner);
       widen_raw(raw, w);
     }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void write_guided(const Guided<T>& p, int64_t sample,
   for (int v = 0; v < V; ++v) x[v] = fma(p.dt, guided[v], x[v]);
   if (p.mask == nullptr) return store_narrow(p.out + at, x);
   Raw<T, V> known, step;
-  load_raw<true>(known, p.known + at);
+  load_raw(known, p.known + at);
   C w[V];
   read_mask<T, V, kMaskInPacks>(p, sample, e, w);
   widen_raw(known, y);

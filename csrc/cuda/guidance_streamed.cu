@@ -110,7 +110,7 @@ struct Guiding {
 #pragma unroll
     for (int j = 0; j < kLanePacks; ++j) {
       const int e = begin + 32 * kPack<T> * j;
-      if (p.sample != nullptr && e < elements) load_raw<true>(out.sample[j], p.sample + offset + e);
+      if (p.sample != nullptr && e < elements) load_raw(out.sample[j], p.sample + offset + e);
     }
     return out;
   }

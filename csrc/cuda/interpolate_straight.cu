@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, PerVector ? 2 : 4)
   for (int j = 0; j < kThreadPacks; ++j) {
     const int64_t i = first + j * kThreads;
     if (i < packs) {
-      raw_a[j] = load_once(a + i);
-      raw_b[j] = load_once(b + i);
+      raw_a[j] = load(a + i);
+      raw_b[j] = load(b + i);
     }
   }
   // Pack by pack, so that only one is widened at a time.

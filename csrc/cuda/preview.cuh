@@ -35,7 +35,7 @@ __device__ __forceinline__ void map_to_rgb(const Source<T>& s, const T* z, Wide<
 #pragma unroll 8
   for (int c = 0; c < s.channels; ++c, z += s.channel_stride, w += 3) {
     Raw<T, V> raw;
-    load_raw<false>(raw, z);
+    load_raw(raw, z);
     C x[V];
     widen_raw(raw, x);
 #pragma unroll

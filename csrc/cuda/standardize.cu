@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int u = 0; u < U; ++u) {
     const int64_t at = first + u * kThreads * V;
     if (at >= count) continue;
-    load_raw<true>(raw[u], z + at);
-    if constexpr (kSlope) load_raw<true>(upstream[u], grad + at);
+    load_raw(raw[u], z + at);
+    if constexpr (kSlope) load_raw(upstream[u], grad + at);
   }
   const C steepness = 4 * s, depth = C(0.8) * s;
 #pragma unroll

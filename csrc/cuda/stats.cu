@@ -65,11 +65,11 @@ struct HeldRow {
     return (j * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * V;
   }
 
-  __device__ __forceinline__ void load(const T* row, int m, bool quads) {
+  __device__ __forceinline__ void read(const T* row, int m, bool quads) {
     if (quads) {
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
-        if (at(j) < m) raw[j] = load_once(row + at(j));
+        if (at(j) < m) raw[j] = load(row + at(j));
       }
       return;
     }
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   const T* const z_row = p.z + channel * p.m;
   const T* const ref_row = p.ref + channel % p.styles * p.ref_m;
   HeldRow<T, kPacks> z, ref;
-  z.load(z_row, p.m, p.quads);
-  ref.load(ref_row, p.ref_m, p.quads);
+  z.read(z_row, p.m, p.quads);
+  ref.read(ref_row, p.ref_m, p.quads);
   const C first = widen(*z_row), ref_first = widen(*ref_row);
 
   C sums[2] = {z.sum_from(first, p.m), ref.sum_from(ref_first, p.ref_m)};
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   const int64_t channel = blockIdx.x;
   const T* const row = x + channel * m;
   HeldRow<T, kPacks> held;
-  held.load(row, m, quads);
+  held.read(row, m, quads);
   const C first = widen(*row);
 
   C sum[1] = {held.sum_from(first, m)};

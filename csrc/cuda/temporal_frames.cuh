@@ -219,16 +219,15 @@ class Frames {
   __device__ __forceinline__ void load_next(Held& to) {
     if (frame_ < end_) {
 #pragma unroll
-      for (int r = 0; r < R; ++r) load_raw<true>(to.z[r], reinterpret_cast<const T*>(z_ + r * p_.row_bytes));
+      for (int r = 0; r < R; ++r) load_raw(to.z[r], reinterpret_cast<const T*>(z_ + r * p_.row_bytes));
       z_ += p_.frame_bytes;
       if (p_.ref != nullptr) {
 #pragma unroll
-        for (int r = 0; r < R; ++r)
-          load_raw<true>(to.ref[r], reinterpret_cast<const T*>(ref_ + r * p_.row_bytes));
+        for (int r = 0; r < R; ++r) load_raw(to.ref[r], reinterpret_cast<const T*>(ref_ + r * p_.row_bytes));
         ref_ += p_.frame_bytes;
       }
       if constexpr (kMask) {
-        load_row<false>(to.mask, reinterpret_cast<const M*>(mask_), p_.mask_position_stride);
+        load_row(to.mask, reinterpret_cast<const M*>(mask_), p_.mask_position_stride);
         mask_ += p_.mask_frame_bytes;
       }
     }
@@ -271,10 +270,10 @@ class Frames {
 #pragma unroll
     for (int j = 0; j < kDepth; ++j) {
       if (frame_ + j >= end_) continue;
-      load_raw<true>(z[j], reinterpret_cast<const T*>(z_));
+      load_raw(z[j], reinterpret_cast<const T*>(z_));
       z_ += p_.frame_bytes;
       if (p_.ref != nullptr) {
-        load_raw<true>(ref[j], reinterpret_cast<const T*>(ref_));
+        load_raw(ref[j], reinterpret_cast<const T*>(ref_));
         ref_ += p_.frame_bytes;
       }
       m[j] = p_.mask == nullptr ? C(1) : element_of<T>(p_.mask, p_.mask_is_float, mask_at_);

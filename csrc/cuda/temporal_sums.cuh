@@ -128,7 +128,7 @@ __device__ double2 weights_of(const TemporalParams& p, int64_t at, int64_t prese
 #pragma unroll
       for (int j = 0; j < kDepth; ++j) {
         if (base + j < p.frames) {
-          load_raw<false>(raw[j], static_cast<const M*>(p.mask) + at + (base + j) * p.mask_frame_stride);
+          load_raw(raw[j], static_cast<const M*>(p.mask) + at + (base + j) * p.mask_frame_stride);
         }
       }
     }

@@ -135,10 +135,10 @@ struct Loaded {
   Raw<T, V> own, left, above, both;
 
   __device__ __forceinline__ void load(const Corner<T>& from, int64_t frame) {
-    load_raw<true>(own, from.own + frame * from.own_step);
-    if constexpr (kX) load_raw<true>(left, from.left + frame * from.left_step);
-    if constexpr (kY) load_raw<true>(above, from.above + frame * from.above_step);
-    if constexpr (kY && kX) load_raw<true>(both, from.both + frame * from.both_step);
+    load_raw(own, from.own + frame * from.own_step);
+    if constexpr (kX) load_raw(left, from.left + frame * from.left_step);
+    if constexpr (kY) load_raw(above, from.above + frame * from.above_step);
+    if constexpr (kY && kX) load_raw(both, from.both + frame * from.both_step);
   }
 
   template <bool kRound>

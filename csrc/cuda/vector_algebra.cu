@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kMixThreads) mix_kernel(const __grid_constant_
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int64_t at = first + u * kStep;
-        if (at < p.each) load_raw<true>(raw[u], p.x + i * p.each + at);
+        if (at < p.each) load_raw(raw[u], p.x + i * p.each + at);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
