@@ -3,7 +3,8 @@
 from latentfast.backends import Backend, backends, use_backend
 from latentfast.ops.edit import blend, edit
 from latentfast.ops.frequency import frequency_mix
-from latentfast.ops.guidance import combine, guide, guided_step
+from latentfast.ops.combine import combine
+from latentfast.ops.guidance import guide, guided_step
 from latentfast.ops.interpolate import (
     interpolate_keys,
     lerp,

@@ -110,8 +110,11 @@ TABLE: dict[str, dict[str, str]] = {
         "guide": "(Tensor cond, Tensor uncond, Tensor? sample, Tensor(a!)? momentum, Tensor? mask, Tensor? known, "
         "int kind, int original, float scale, float rescale, float eta, float norm_threshold, float beta, float alpha, "
         "float sigma, float dt, Tensor(b!) out, Tensor(c!)? x0) -> ()",
-        # out = Σ_i coefficients[i]·tensors[i], 1 to 8 tensors of one shape, summed in the order of i.
-        "combine": "(Tensor[] tensors, float[] coefficients, Tensor(a!) out) -> ()",
+        # Linear combinations of 1 to 8 tensors of one shape, each of a floating dtype of its own: K outputs, 1 to 4 of
+        # them, the k-th Σ_i coefficients[k·N + i]·tensors[i], summed in the order of i, in float64 if `precise` is not
+        # 0 or a tensor or an output is float64, and in float32 otherwise, rounded once.
+        "combine": "(Tensor[] tensors, float[] coefficients, int precise, Tensor(a!) out, Tensor(b!)? out1, "
+        "Tensor(c!)? out2, Tensor(d!)? out3) -> ()",
     },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}

@@ -64,6 +64,14 @@ def _terms(device: str, dtype: torch.dtype, count: int) -> dict:
     return {"tensors": tensors, "coefficients": tuple(0.75**i - 0.5 for i in range(count))}
 
 
+def _rows(device: str, dtype: torch.dtype, count: int, rows: int) -> dict:
+    """Tensors of this dtype and of another in turn."""
+    given = _terms(device, dtype, count)
+    given["tensors"] = [x.to(torch.float32) if i % 2 else x for i, x in enumerate(given["tensors"])]
+    given["coefficients"] = [[(k + 1) * c for c in given["coefficients"]] for k in range(rows)]
+    return given
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -130,4 +138,10 @@ CASES |= {
     ),
     "combine": Case("combine", lambda dev, dt: _terms(dev, dt, 6)),
     "combine, one": Case("combine", lambda dev, dt: _terms(dev, dt, 1)),
+    "combine, to float32": Case("combine", lambda dev, dt: {**_terms(dev, dt, 2), "dtypes": torch.float32}),
+    "combine, rows": Case("combine", lambda dev, dt: _rows(dev, dt, 3, 4)),
+    "combine, precise": Case("combine", lambda dev, dt: {**_rows(dev, dt, 4, 2), "precise": True}),
+    "combine, rows of dtypes": Case(
+        "combine", lambda dev, dt: {**_rows(dev, dt, 5, 3), "dtypes": (dt, torch.bfloat16, torch.float64)}
+    ),
 }

@@ -435,6 +435,16 @@ _COMBINE = [
     (lambda: lf.combine([A], ["1"]), TypeError, "coefficients[0] must be a number, got str"),
     (lambda: lf.combine([A], [math.inf]), ValueError, "coefficients[0] must be finite, got inf"),
     (lambda: lf.combine([A], [1.0], out=A), ValueError, "out must not share memory with an input"),
+    (lambda: lf.combine([A], [[1.0]], out=A), TypeError, "out must be 1 tensors, one for each row of coefficients"),
+    (
+        lambda: lf.combine([A], [1.0], out=torch.empty_like(A), dtypes=torch.float32),
+        ValueError,
+        "dtypes cannot be given together with out",
+    ),
+    (lambda: lf.combine([A], [[1.0]] * 5), ValueError, "coefficients must be 1 to 4 rows, got 5"),
+    (lambda: lf.combine([A], [[1.0], [1.0, 2.0]]), ValueError, "coefficients[1] must be 1 numbers, one for each tensor"),
+    (lambda: lf.combine([A], [[1.0]], dtypes=[]), ValueError, "dtypes must be 1 dtypes, one for each result, got 0"),
+    (lambda: lf.combine([A], [1.0], dtypes=INTS.dtype), TypeError, "dtypes[0] must be float32, float16, bfloat16 or"),
 ]
 
 ROWS = [

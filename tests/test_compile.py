@@ -267,7 +267,11 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
             (x, y, None, draw.normal(*shape), None, None, 1, 0, *numbers, new(*shape), None),
         ]  # fmt: skip
     if name == "combine":
-        return [([x, y, draw.normal(*shape)], [0.5, -1.0, 2.0], new(*shape))]
+        three, other = [x, y, draw.normal(*shape)], new(*shape).to(torch.bfloat16)
+        return [
+            (three, [0.5, -1.0, 2.0], 0, new(*shape), None, None, None),
+            ([x, y.to(torch.bfloat16)], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1, new(*shape), other, new(*shape), None),
+        ]
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]

@@ -267,12 +267,12 @@ WRONG: dict[str, tuple[str, dict, type[Exception] | None, str]] = {
     "9 tensors": ("combine", {"tensors": [torch.zeros(SHAPE)] * 9}, ValueError, "tensors must be 1 to 8"),
     "a coefficient missing": ("combine", {"coefficients": [1.0]}, ValueError, "coefficients must be 6 numbers"),
     "coefficients of nan": ("combine", {"coefficients": [float("nan")] * 6}, ValueError, "coefficients"),
-    "tensors of two dtypes": (
-        "combine, one",
-        {"tensors": [torch.zeros(2), torch.zeros(2, dtype=torch.float64)], "coefficients": [1, 2]},
-        TypeError,
-        "dtype",
-    ),
+    "precise 1": ("combine", {"precise": 1}, TypeError, "precise must be True or False, got int"),
+    "5 rows": ("combine, one", {"coefficients": [[1.0]] * 5}, ValueError, "coefficients must be 1 to 4 rows"),
+    "a short row": ("combine, one", {"coefficients": [[1.0], []]}, ValueError, r"coefficients\[1\] must be 1 numbers"),
+    "a row and a number": ("combine, one", {"coefficients": [[1.0], 1.0]}, TypeError, r"coefficients\[1\] must be"),
+    "dtypes of one result": ("combine, one", {"dtypes": [torch.float32] * 2}, ValueError, "dtypes must be 1 dtypes"),
+    "whole numbers": ("combine, one", {"dtypes": torch.int64}, TypeError, "must be float32, float16"),
     "a scalar": ("slerp", {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, None, ""),
 }
 

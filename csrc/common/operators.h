@@ -2,11 +2,15 @@
 // operators.cpp, which is compiled into each, hands them out.
 #pragma once
 
+#include <cstddef>
 #include <span>
 
 #include "view.h"
 
 namespace latentfast {
+
+// Tensors that one call of combine takes, and results that it gives.
+constexpr size_t kMostCombined = 8, kMostCombinations = 4;
 
 // With the signatures of latentfast/_operators.py.
 struct Operators {
@@ -26,7 +30,9 @@ struct Operators {
                      int64_t kind, int64_t original, double scale, double rescale, double eta,
                      double norm_threshold, double beta, double alpha, double sigma, double dt,
                      const View& out, const OptionalView& x0);
-  using Combine = void(std::span<const View> tensors, std::span<const double> coefficients, const View& out);
+  using Combine = void(std::span<const View> tensors, std::span<const double> coefficients, int64_t precise,
+                       const View& out, const OptionalView& out1, const OptionalView& out2,
+                       const OptionalView& out3);
 
   size_t size;  // of this table, so that libraries of different builds do not take each other's for theirs
   Interpolate* interpolate;

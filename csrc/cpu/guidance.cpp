@@ -1,5 +1,5 @@
-// guide and combine. guide: two passes over a sample, its sums and then everything else in one go, with the
-// sample still in a core's cache if it fits; one pass where no sums are needed. combine: one pass.
+// guide: two passes over a sample, its sums and then everything else in one go, with the sample still in a
+// core's cache if it fits; one pass where no sums are needed.
 #include "common/guidance_coefficients.h"
 #include "common/operators.h"
 #include "cpu/vectors.h"
@@ -223,41 +223,6 @@ void guide(const View& cond, const View& uncond, const OptionalView& sample, con
   });
 }
 
-void combine(std::span<const View> tensors, std::span<const double> coefficients, const View& out) {
-  STD_TORCH_CHECK(!tensors.empty() && tensors.size() <= kTerms && tensors.size() == coefficients.size(),
-                  "combine: 1 to 8 tensors with a coefficient each expected");
-  for (const View& x : tensors) check_contiguous(x, "tensors");
-  check_contiguous(out, "out");
-  if (out.numel() == 0) return;
-  dispatch_floating(out.scalar_type(), "combine", [&]<typename T>() {
-    using C = Working<T>;
-    constexpr int64_t kPiece = kIsWide<T> ? 8 * kTile : kTile;
-    const int count = static_cast<int>(tensors.size());
-    const int64_t numel = out.numel();
-    const Output<T> to(mutable_data<T>(out), numel);
-    C weights[kTerms];
-    for (int k = 0; k < count; ++k) weights[k] = static_cast<C>(coefficients[k]);
-    parallel(ceil_div(numel, kPiece), kPiece, [&](int64_t begin, int64_t end) {
-      [[maybe_unused]] Row<T> wide[kTerms], sum;
-      const C* x[kTerms];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = i * kPiece;
-        const int n = static_cast<int>(std::min(kPiece, numel - at));
-        for (int k = 0; k < count; ++k) x[k] = widen(data<T>(tensors[k]) + at, n, wide[k]);
-        if constexpr (kIsWide<T>) {
-          loops_of<C>().combine[count - 1](x, weights, n, &to[at], to.streams());
-        } else {
-          loops_of<C>().combine[count - 1](x, weights, n, sum.values, false);
-          to.finish(sum.values, n, at);
-        }
-      }
-    });
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(latentfast, CPU, m) {
-  m.impl("guide", LATENTFAST_BOX(guide));
-  m.impl("combine", LATENTFAST_BOX(combine));
-}
+STABLE_TORCH_LIBRARY_IMPL(latentfast, CPU, m) { m.impl("guide", LATENTFAST_BOX(guide)); }
 
 }  // namespace latentfast

@@ -1,4 +1,4 @@
-// guide and combine on CUDA. The specification is latentfast/reference/guidance.py.
+// guide on CUDA. The specification is latentfast/reference/guidance.py.
 //
 // guide makes p = c·cond + d·(cond − uncond) + m·momentum of each sample, steps with it and blends
 // (guidance.cuh). The coefficients follow from the sample's inner products, in float64
@@ -12,8 +12,6 @@
 //                                       blocks begin by making the coefficients of their sample
 //
 // The momentum is updated in the pass, by the threads that read it there.
-//
-// combine is one pass that memory bounds, with all tensors' packs on their way together.
 #include <algorithm>
 
 #include "../common/operators.h"
@@ -24,7 +22,6 @@ namespace {
 
 // Small blocks: several of them are on a multiprocessor, each at another point between loads and stores.
 constexpr int kPassThreads = 128;
-constexpr int kMostTensors = 8;
 
 // The sums of a sample: those of c and d, with momentum those of m too.
 template <typename T, bool kMomentum>
@@ -243,71 +240,6 @@ void check_like(const View& x, const View& cond, const char* name) {
                   " must have the elements and the dtype of cond");
 }
 
-template <typename T>
-struct Combined {
-  const T* tensors[kMostTensors];
-  Wide<T> coefficients[kMostTensors];
-  T* out;
-  int64_t elements;
-  int count;
-};
-
-// kCount: of the tensors, or 0: it is in `p`.
-template <typename T, int V, int kCount>
-__global__ void __launch_bounds__(kPassThreads) combine_kernel(const __grid_constant__ Combined<T> p) {
-  using C = Wide<T>;
-  constexpr int U = kCount == 0 || kCount > 2 ? 1 : 4 / kCount, kLoads = kCount == 0 ? 1 : kCount;
-  const int count = kCount == 0 ? p.count : kCount;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * U * kPassThreads + threadIdx.x) * V;
-  C sum[U][V];
-  for (int n = 0; n < count; n += kLoads) {
-    Raw<T, V> raw[kLoads][U];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-      for (int i = 0; i < U; ++i) {
-        const int64_t at = first + i * kPassThreads * V;
-        if (at < p.elements) load_raw(raw[k][i], p.tensors[n + k] + at);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-#pragma unroll
-      for (int i = 0; i < U; ++i) {
-        C x[V];
-        if (first + i * kPassThreads * V >= p.elements) continue;
-        widen_raw(raw[k][i], x);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          sum[i][v] = n + k == 0 ? p.coefficients[0] * x[v] : fma(p.coefficients[n + k], x[v], sum[i][v]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < U; ++i) {
-    const int64_t at = first + i * kPassThreads * V;
-    if (at < p.elements) store_narrow(p.out + at, sum[i]);
-  }
-}
-
-template <typename T, int V, int kCount>
-void launch_combine(const Target& target, const Combined<T>& p) {
-  constexpr int U = kCount == 0 || kCount > 2 ? 1 : 4 / kCount;
-  const int64_t blocks = ceil_div<int64_t>(p.elements, static_cast<int64_t>(kPassThreads) * V * U);
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "combine: tensors of ", p.elements, " elements are too large");
-  combine_kernel<T, V, kCount><<<static_cast<unsigned>(blocks), kPassThreads, 0, target.stream>>>(p);
-  check_launch("combine");
-}
-
-template <typename T, int kCount>
-void combine_packs(const Target& target, const Combined<T>& p) {
-  if constexpr (kCount > 0) {
-    if (p.count == kCount) return launch_combine<T, kPack<T>, kCount>(target, p);
-    combine_packs<T, kCount - 1>(target, p);
-  }
-}
-
 }  // namespace
 }  // namespace latentfast::cuda
 
@@ -385,32 +317,4 @@ void latentfast::guide(const View& cond, const View& uncond, const OptionalView&
   });
 }
 
-void latentfast::combine(std::span<const View> tensors, std::span<const double> coefficients,
-                         const View& out) {
-  using namespace cuda;
-  STD_TORCH_CHECK(!tensors.empty() && tensors.size() <= kMostTensors && tensors.size() == coefficients.size(),
-                  "combine: 1 to ", kMostTensors, " tensors and as many coefficients, got ", tensors.size(),
-                  " and ", coefficients.size());
-  check_contiguous(out, "out");
-  for (const View& x : tensors) check_like(x, out, "tensors");
-  if (out.numel() == 0) return;
-  const Target target(out);
-  dispatch_floating(out.scalar_type(), "combine", [&]<typename T>() {
-    Combined<T> p{};
-    p.out = mutable_data<T>(out);
-    p.elements = out.numel();
-    p.count = static_cast<int>(tensors.size());
-    bool packs = aligned16(p.out) && p.elements % kPack<T> == 0;
-    for (int i = 0; i < p.count; ++i) {
-      p.tensors[i] = data<T>(tensors[i]);
-      p.coefficients[i] = static_cast<Wide<T>>(coefficients[i]);
-      packs = packs && aligned16(p.tensors[i]);
-    }
-    packs ? combine_packs<T, kMostTensors>(target, p) : launch_combine<T, 1, 0>(target, p);
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(latentfast, CUDA, m) {
-  m.impl("guide", LATENTFAST_BOX(latentfast::guide));
-  m.impl("combine", LATENTFAST_BOX(latentfast::combine));
-}
+STABLE_TORCH_LIBRARY_IMPL(latentfast, CUDA, m) { m.impl("guide", LATENTFAST_BOX(latentfast::guide)); }

@@ -52,6 +52,13 @@ inline const Dtype& row_of(ScalarType type) {
                        [&](const Dtype& row) { return row.type == type; });
 }
 
+// Of a torch.dtype; null if latents cannot have it.
+inline const Dtype* row_of(PyObject* dtype) {
+  const Dtype* const row = std::find_if(std::begin(dtypes), std::end(dtypes),
+                                        [&](const Dtype& candidate) { return candidate.object == dtype; });
+  return row == std::end(dtypes) ? nullptr : row;
+}
+
 // The operators of a device type, null where the door is closed.
 inline std::array<const Operators*, kDLCUDA + 1> operators{};
 
@@ -286,20 +293,35 @@ inline bool flag(PyObject* object, bool& out) {
   return out || object == Py_False;
 }
 
+// A list or tuple, whose items are borrowed; false: it is neither.
+class Sequence {
+ public:
+  explicit Sequence(PyObject* object)
+      : object_(object), is_list_(PyList_CheckExact(object)), is_(is_list_ || PyTuple_CheckExact(object)) {}
+  explicit operator bool() const { return is_; }
+  size_t size() const { return static_cast<size_t>(is_list_ ? PyList_Size(object_) : PyTuple_Size(object_)); }
+  PyObject* operator[](size_t i) const {
+    const auto at = static_cast<Py_ssize_t>(i);
+    return is_list_ ? PyList_GetItem(object_, at) : PyTuple_GetItem(object_, at);
+  }
+
+ private:
+  PyObject* object_;
+  bool is_list_, is_;
+};
+
 // A list or tuple of numbers.
 struct Numbers {
   std::array<double, kMostNumbers> values;
   size_t count = 0;
 
   bool read(PyObject* object) {
-    const bool is_list = PyList_CheckExact(object);
-    if (!is_list && !PyTuple_CheckExact(object)) return false;
-    const Py_ssize_t size = is_list ? PyList_Size(object) : PyTuple_Size(object);
-    if (size > kMostNumbers) return false;
-    for (count = 0; count < static_cast<size_t>(size); ++count) {
-      const auto i = static_cast<Py_ssize_t>(count);
-      if (!number(is_list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i), values[count]))
-        return false;
+    const Sequence items(object);
+    if (!items || items.size() > kMostNumbers) return false;
+    const size_t size = items.size();
+    for (count = 0; count < size; ++count) {
+      PyObject* const item = items[count];
+      if (item == nullptr || !number(item, values[count])) return false;
     }
     return true;
   }

@@ -251,32 +251,84 @@ PyObject* guided_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return with_x0 ? PyTuple_Pack(2, out.tensor.get(), x0.tensor.get()) : out.tensor.release();
 }
 
-// combine(tensors, coefficients)
+// The rows of combine's coefficients: a list of numbers is one row, a list of lists are several.
+struct Rows {
+  Numbers numbers;
+  size_t count = 1;
+  bool several = false;
+
+  bool read(PyObject* object, size_t tensors) {
+    const Sequence rows(object);
+    if (!rows || rows.size() == 0) return false;
+    several = static_cast<bool>(Sequence(rows[0]));
+    if (!several) return numbers.read(object) && numbers.count == tensors && finite();
+    if (rows.size() > kMostCombinations) return false;
+    count = rows.size();
+    for (size_t k = 0; k < count; ++k) {
+      Numbers row;
+      if (!row.read(rows[k]) || row.count != tensors) return false;
+      std::copy_n(row.values.begin(), tensors, numbers.values.begin() + k * tensors);
+    }
+    numbers.count = count * tensors;
+    return finite();
+  }
+
+ private:
+  bool finite() const {
+    return std::all_of(numbers.values.begin(), numbers.values.begin() + numbers.count,
+                       [](double x) { return std::isfinite(x); });
+  }
+};
+
+// combine(tensors, coefficients, dtypes, precise) -> one result or, for several rows of coefficients, a tuple
+// of them
 PyObject* combine(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr size_t kMostTensors = 8;
-  if (count != 2 || !nothing_intervenes()) return decline();
-  const bool is_list = PyList_CheckExact(arguments[0]);
-  if (!is_list && !PyTuple_CheckExact(arguments[0])) return decline();
-  Numbers coefficients;
-  if (!coefficients.read(arguments[1])) return decline();
-  const auto size = static_cast<size_t>(is_list ? PyList_Size(arguments[0]) : PyTuple_Size(arguments[0]));
-  if (size == 0 || size > kMostTensors || size != coefficients.count) return decline();
+  bool precise;
+  if (count != 4 || !flag(arguments[3], precise) || !nothing_intervenes()) return decline();
+  const Sequence terms(arguments[0]), dtypes(arguments[2]);
+  Rows rows;
+  if (!terms || terms.size() == 0 || terms.size() > kMostCombined || !rows.read(arguments[1], terms.size()) ||
+      (dtypes && dtypes.size() != rows.count)) {
+    return decline();
+  }
   Call inputs(true);
-  std::array<View, kMostTensors> tensors;
-  std::array<Object, kMostTensors> kept;  // a list may lose them while the operator runs
-  Output out;
-  for (size_t i = 0; i < size; ++i) {
-    const auto at = static_cast<Py_ssize_t>(i);
-    PyObject* const x = is_list ? PyList_GetItem(arguments[0], at) : PyTuple_GetItem(arguments[0], at);
-    if (x == nullptr || !std::isfinite(coefficients.values[i])) return decline();
+  std::array<View, kMostCombined> tensors;
+  std::array<Object, kMostCombined> kept;  // a list may lose them while the operator runs
+  for (size_t i = 0; i < terms.size(); ++i) {
+    PyObject* const x = terms[i];
+    if (x == nullptr) return decline();
     Py_INCREF(x);
     kept[i] = Object(x);
-    if (i == 0 ? !inputs.first(x, tensors[0]) : !inputs.like(x, tensors[0], tensors[i])) return decline();
+    if (i == 0 ? !inputs.first(x, tensors[0])
+               : !inputs.next(x, tensors[i]) || !same_shape(tensors[i], tensors[0])) {
+      return decline();
+    }
   }
-  if (!inputs.make_like(tensors[0], out)) return nullptr;
-  const bool done =
-      launch([&] { inputs.target().combine({tensors.data(), size}, coefficients.span(), out.view); });
-  return done ? out.tensor.release() : nullptr;
+  std::array<Output, kMostCombinations> outs;
+  std::array<ScalarType, kMostCombinations> types;
+  for (size_t k = 0; k < rows.count; ++k) {
+    types[k] = tensors[0].dtype;
+    PyObject* const wanted = dtypes ? dtypes[k] : arguments[2];
+    if (wanted == Py_None && !dtypes) continue;
+    const Dtype* const row = row_of(wanted);
+    if (row == nullptr || (!dtypes && rows.several)) return decline();
+    types[k] = row->type;
+  }
+  for (size_t k = 0; k < rows.count; ++k) {
+    if (!inputs.make(tensors[0].shape, tensors[0].dims, types[k], outs[k])) return nullptr;
+  }
+  const auto later = [&](size_t k) { return k < rows.count ? OptionalView(outs[k].view) : std::nullopt; };
+  const bool done = launch([&] {
+    inputs.target().combine({tensors.data(), terms.size()}, rows.numbers.span(), precise, outs[0].view,
+                            later(1), later(2), later(3));
+  });
+  if (!done) return nullptr;
+  if (!rows.several) return outs[0].tensor.release();
+  Object results(PyTuple_New(static_cast<Py_ssize_t>(rows.count)));
+  for (size_t k = 0; results && k < rows.count; ++k) {
+    PyTuple_SetItem(results.get(), static_cast<Py_ssize_t>(k), outs[k].tensor.release());
+  }
+  return results.release();
 }
 
 // connect(objects): takes the objects of torch that the door uses, by name. None is one that this torch

@@ -311,31 +311,65 @@ def guide(
 
 
 @triton.jit
+def _term(x, at, here, DOUBLE: tl.constexpr):
+    value = widen(tl.load(x + at, mask=here, other=0.0))
+    return value.to(tl.float64) if DOUBLE else value
+
+
+@triton.jit
 def _combine(
-    x0, x1, x2, x3, x4, x5, x6, x7, out,
-    v0: tl.float64, v1: tl.float64, v2: tl.float64, v3: tl.float64,
-    v4: tl.float64, v5: tl.float64, v6: tl.float64, v7: tl.float64,
-    numel, COUNT: tl.constexpr, SIZE: tl.constexpr,
+    x0, x1, x2, x3, x4, x5, x6, x7, out0, out1, out2, out3,
+    a0: tl.float64, a1: tl.float64, a2: tl.float64, a3: tl.float64,
+    a4: tl.float64, a5: tl.float64, a6: tl.float64, a7: tl.float64,
+    b0: tl.float64, b1: tl.float64, b2: tl.float64, b3: tl.float64,
+    b4: tl.float64, b5: tl.float64, b6: tl.float64, b7: tl.float64,
+    c0: tl.float64, c1: tl.float64, c2: tl.float64, c3: tl.float64,
+    c4: tl.float64, c5: tl.float64, c6: tl.float64, c7: tl.float64,
+    d0: tl.float64, d1: tl.float64, d2: tl.float64, d3: tl.float64,
+    d4: tl.float64, d5: tl.float64, d6: tl.float64, d7: tl.float64,
+    numel, COUNT: tl.constexpr, DOUBLE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     here = at < numel
     x = (x0, x1, x2, x3, x4, x5, x6, x7)
-    first = widen(tl.load(x0 + at, mask=here, other=0.0))
-    total = pick(0, v0, v1, v2, v3, v4, v5, v6, v7).to(first.dtype) * first
+    value = _term(x0, at, here, DOUBLE)
+    sum0 = pick(0, a0, a1, a2, a3, a4, a5, a6, a7).to(value.dtype) * value
+    sum1 = pick(0, b0, b1, b2, b3, b4, b5, b6, b7).to(value.dtype) * value
+    sum2 = pick(0, c0, c1, c2, c3, c4, c5, c6, c7).to(value.dtype) * value
+    sum3 = pick(0, d0, d1, d2, d3, d4, d5, d6, d7).to(value.dtype) * value
     for k in tl.static_range(1, COUNT):
-        value = widen(tl.load(x[k] + at, mask=here, other=0.0))
-        total = tl.fma(pick(k, v0, v1, v2, v3, v4, v5, v6, v7).to(value.dtype), value, total)
-    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=here)
+        value = _term(x[k], at, here, DOUBLE)
+        sum0 = tl.fma(pick(k, a0, a1, a2, a3, a4, a5, a6, a7).to(value.dtype), value, sum0)
+        if out1 is not None:
+            sum1 = tl.fma(pick(k, b0, b1, b2, b3, b4, b5, b6, b7).to(value.dtype), value, sum1)
+        if out2 is not None:
+            sum2 = tl.fma(pick(k, c0, c1, c2, c3, c4, c5, c6, c7).to(value.dtype), value, sum2)
+        if out3 is not None:
+            sum3 = tl.fma(pick(k, d0, d1, d2, d3, d4, d5, d6, d7).to(value.dtype), value, sum3)
+    tl.store(out0 + at, narrow(sum0, out0.dtype.element_ty), mask=here)
+    if out1 is not None:
+        tl.store(out1 + at, narrow(sum1, out1.dtype.element_ty), mask=here)
+    if out2 is not None:
+        tl.store(out2 + at, narrow(sum2, out2.dtype.element_ty), mask=here)
+    if out3 is not None:
+        tl.store(out3 + at, narrow(sum3, out3.dtype.element_ty), mask=here)
 
 
-def combine(tensors: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> None:
+def combine(
+    tensors: Sequence[Tensor], coefficients: Sequence[float], precise: int, out: Tensor, out1: Tensor | None,
+    out2: Tensor | None, out3: Tensor | None,
+) -> None:  # fmt: skip
     """The operator `combine` of `latentfast._operators`."""
-    numel = out.numel()
+    numel, count = out.numel(), len(tensors)
     if not numel:
         return
-    size = min(BLOCK[out.element_size()], pow2(numel))
+    outs = (out, out1, out2, out3)
+    everything = (*tensors, *(x for x in outs if x is not None))
+    size = min(BLOCK[max(x.element_size() for x in everything)], pow2(numel))
+    rows = [slots(coefficients[k * count : (k + 1) * count]) for k in range(len(outs))]
     with guard(out):
-        pointers = (*tensors, *[tensors[0]] * (8 - len(tensors)))
+        pointers = (*tensors, *[tensors[0]] * (8 - count))
         _combine[(cdiv(numel, size),)](
-            *pointers, out, *slots(coefficients), numel, COUNT=len(tensors), SIZE=size, **OPTIONS
-        )
+            *pointers, *outs, *(number for row in rows for number in row), numel, COUNT=count,
+            DOUBLE=bool(precise) or any(x.dtype == torch.float64 for x in everything), SIZE=size, **OPTIONS,
+        )  # fmt: skip

@@ -24,5 +24,10 @@ def guide(
         x0.copy_(clean)
 
 
-def combine(tensors, coefficients, out) -> None:
-    out.copy_(reference.guidance.combine(tensors, coefficients))
+def combine(tensors, coefficients, precise, *outs) -> None:
+    outs = [out for out in outs if out is not None]
+    n = len(tensors)
+    rows = [coefficients[k * n : (k + 1) * n] for k in range(len(outs))]
+    results = reference.guidance.combine(tensors, rows, [x.dtype for x in outs], bool(precise))
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)

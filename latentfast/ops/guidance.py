@@ -1,7 +1,4 @@
-"""Guidance: `guide` (two predictions to one), `guided_step` (guidance and the scheduler's step in one go), `combine`
-(linear combinations, which every linear scheduler's step is)."""
-
-from collections.abc import Sequence
+"""Guidance: `guide` (two predictions to one) and `guided_step` (guidance and the scheduler's step in one go)."""
 
 import torch
 from torch import Tensor
@@ -14,8 +11,6 @@ from latentfast.ops import _checks
 from latentfast.ops._guidance import Options, guidance_gradients
 
 _MODES = tuple(mode for mode in GUIDANCE if mode != "zero")
-#: How many tensors one call of `combine` takes.
-MOST_TENSORS = 8
 
 
 class _Guide(torch.autograd.Function):
@@ -325,75 +320,3 @@ def guided_step(
     if return_x0 and out is not None and (not isinstance(out, tuple | list) or len(out) != 2):
         raise TypeError(f"out must be a pair (next sample, x0), got {type(out).__name__}")
     return _run(cond, uncond, sample, momentum_buffer, mask, known, options, sigma, sigma_next - sigma, return_x0, out)
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, coefficients, *tensors):
-        ctx.coefficients = coefficients
-        out = torch.empty_like(tensors[0])
-        implementation("combine", out)(list(tensors), coefficients, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        grads = []
-        for coefficient, wanted in zip(ctx.coefficients, ctx.needs_input_grad[1:], strict=True):
-            grads.append(torch.empty_like(grad) if wanted else None)
-            if wanted:
-                implementation("combine", grad)([grad], [coefficient], grads[-1])
-        return None, *grads
-
-
-def combine(tensors: Sequence[Tensor], coefficients: Sequence[float], *, out: Tensor | None = None) -> Tensor:
-    """A linear combination Σ_i coefficients[i]·tensors[i], each tensor read once: any linear scheduler's step.
-
-    A step of DDIM, DPM-Solver++, UniPC or any other linear multistep method is a sum of the sample, earlier and new
-    predictions and noise with numbers that follow from the noise levels alone: work them out on the host, in float64.
-
-    Args:
-        tensors: 1 to 8 tensors of one shape, dtype and device; float32, float16, bfloat16 or float64.
-        coefficients: As many finite numbers.
-        out: A contiguous tensor like the first to write into; not differentiable.
-
-    Returns:
-        A new contiguous tensor like the first: summed in the order of the tensors, in float32 at least, rounded once.
-
-    Raises:
-        TypeError: an argument is of a wrong type or dtype.
-        ValueError: there are none or more than 8 tensors, or shapes, devices or numbers do not fit.
-
-    Differentiable in the tensors, once. Under `torch.compile` the coefficients are constants of the graph.
-
-    Example:
-        >>> import torch, latentfast
-        >>> latentfast.combine([torch.ones(2), torch.full((2,), 4.0)], [0.5, -0.25])
-        tensor([-0.5000, -0.5000])
-    """
-    if _direct.enabled and out is None and not torch.compiler.is_dynamo_compiling():
-        result = _direct.combine(tensors, coefficients)
-        if result is not None:
-            return result
-    if not isinstance(tensors, list | tuple):
-        raise TypeError(f"tensors must be a list of tensors, got {type(tensors).__name__}")
-    if not 1 <= len(tensors) <= MOST_TENSORS:
-        raise ValueError(f"tensors must be 1 to {MOST_TENSORS} tensors, got {len(tensors)}")
-    first = _checks.latent("tensors[0]", tensors[0])
-    for i, x in enumerate(tensors):
-        _checks.like(f"tensors[{i}]", x, "tensors[0]", first)
-    if not isinstance(coefficients, list | tuple):
-        raise TypeError(f"coefficients must be a list of numbers, got {type(coefficients).__name__}")
-    if len(coefficients) != len(tensors):
-        raise ValueError(f"coefficients must be {len(tensors)} numbers, one for each tensor, got {len(coefficients)}")
-    numbers = [_checks.number(f"coefficients[{i}]", value) for i, value in enumerate(coefficients)]
-    ready = [x if x.is_contiguous() else x.contiguous() for x in tensors]
-    if out is not None:
-        out = _checks.output(out, tuple(first.shape), "tensors[0]", first, tuple(ready))
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in ready):
-        return _Combine.apply(numbers, *ready)
-    else:
-        out = torch.empty_like(ready[0])
-    implementation("combine", first)(ready, numbers, out)
-    return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from latentfast.backends import implementation
 from latentfast.ops import _checks
 from latentfast.ops._sums import total
-from latentfast.ops.guidance import MOST_TENSORS, combine
+from latentfast.ops.combine import MOST_TENSORS, combine
 
 #: The widest head that the kernels hold a tile of: that of the attention kernels these heat maps stand beside.
 _WIDEST_HEAD = 256

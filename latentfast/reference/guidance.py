@@ -143,9 +143,25 @@ def guided_step(
     return (out, x0) if return_x0 else out
 
 
-def combine(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Σ_i coefficients[i]·tensors[i], summed in the order of i."""
-    total = coefficients[0] * working(tensors[0])
-    for coefficient, x in zip(coefficients[1:], tensors[1:], strict=True):
-        total = total + coefficient * working(x)
-    return total.to(tensors[0].dtype)
+def combine(
+    tensors: Sequence[Tensor], coefficients: Sequence[float] | Sequence[Sequence[float]],
+    dtypes: Sequence[torch.dtype] | None = None, precise: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """Σ_i coefficients[i]·tensors[i], summed in the order of i; of a list of rows of coefficients, one such sum a row.
+
+    `dtypes`: of the results, as many as there are rows; None: the first tensor's.
+    """
+    rows = [c for c in coefficients if isinstance(c, Sequence)]
+    dtypes = dtypes or [tensors[0].dtype] * max(len(rows), 1)
+    double = precise or torch.float64 in (*dtypes, *(x.dtype for x in tensors))
+    wide = [x.double() if double else working(x) for x in tensors]
+
+    def total(row: Sequence[float], dtype: torch.dtype) -> Tensor:
+        result = row[0] * wide[0]
+        for coefficient, x in zip(row[1:], wide[1:], strict=True):
+            result = result + coefficient * x
+        return result.to(dtype)
+
+    if rows:
+        return tuple(total(row, dtype) for row, dtype in zip(rows, dtypes, strict=True))
+    return total(coefficients, dtypes[0])  # type: ignore[arg-type]

@@ -1,0 +1,12 @@
+"""latentfast inside diffusers, through its public extension points. Needs the extra ``latentfast[diffusers]``."""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "latentfast.integrations.diffusers needs diffusers, which is not installed: pip install 'latentfast[diffusers]'"
+    ) from error
+
+from latentfast.integrations.diffusers import schedulers
+
+__all__ = ["schedulers"]
