@@ -152,3 +152,15 @@ def test_share_of_step(tmp_path: Path, capsys) -> None:
         for part in arithmetic:
             us = part["us"][1]
             assert part["share"] == pytest.approx(us / (us + calls["us"][1]))
+
+
+def test_vae_decode(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    status, out, _ = run(capsys, "vae-decode", "--device", "cpu", "--quick", "--out", tmp_path / "vae.json")
+    assert status == 0 and "seams alone" in out and "of it no seams" in out
+    seams, *decodes = json.loads((tmp_path / "vae.json").read_text())["parts"]
+    parent, ours = (way["ms"][1] for way in seams["ways"])
+    assert seams["ways"][1]["faster"] == pytest.approx(parent / ours)
+    assert decodes[0]["ways"][1]["faster_seams"] is None
+    assert [part["name"] for part in decodes] == ["whole clip", "in tiles"]
+    assert all(way["same_bits"] for part in (seams, *decodes) for way in part["ways"])

@@ -200,6 +200,28 @@ def share_of_step(
         out.write_text(found.to_json() + "\n", encoding="utf-8")
 
 
+@app.command("vae-decode")
+def vae_decode(
+    device: Device = "auto",
+    quick: Quick = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
+    ] = None,
+) -> None:
+    """Measure Wan's VAE in tiles against diffusers: the seams alone, and a decode with and without CUDA graphs."""
+    from latentfast.benchmarks.vae_decode import measure
+    from latentfast.benchmarks.vae_decode import table as vae_table
+
+    found = measure(_device(device), quick=quick)
+    _console().print(vae_table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
+    if not all(way.same_bits for part in found.parts for way in part.ways):
+        _console().print("wrong result: not the bits of diffusers")
+        raise typer.Exit(1)
+
+
 def _console() -> Console:
     from rich.console import Console
 

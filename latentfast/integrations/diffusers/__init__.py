@@ -7,6 +7,6 @@ except ImportError as error:
         "latentfast.integrations.diffusers needs diffusers, which is not installed: pip install 'latentfast[diffusers]'"
     ) from error
 
-from latentfast.integrations.diffusers import schedulers
+from latentfast.integrations.diffusers import schedulers, vaes
 
-__all__ = ["schedulers"]
+__all__ = ["schedulers", "vaes"]
