@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentfast._launches import Operators
 from latentfast.benchmarks.operation import Inputs
 
 Percentiles = tuple[float, float, float]
@@ -144,23 +144,11 @@ def measure_peaks(variants: list[Variant], inputs: Inputs, device: torch.device)
             variant.note("peak memory", error)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts the operators that compute something: neither views nor bare allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not (func.is_view or func.overloadpacket.__name__.startswith(("empty", "new_empty")))
-        return func(*args, **(kwargs or {}))
-
-
 def count_operators(variants: list[Variant], inputs: Inputs) -> None:
     """Set each variant's `launches`, where there is no device to count them; what is compiled has no operators."""
     for variant in variants:
         try:
-            with variant.within(), _Operators() as operators:
+            with variant.within(), Operators() as operators:
                 variant.call(*inputs)
             variant.launches = operators.count
         except Exception as error:

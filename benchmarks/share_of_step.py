@@ -94,15 +94,20 @@ def _full_size(device: torch.device, quick: bool) -> StepOfModel:
     config = WAN_1_3B | ({"num_layers": 1, "ffn_dim": 64, "text_dim": 64} if quick else {})
     torch.manual_seed(0)
     with device:  # drawn where it is used: 1.4 billion numbers
-        transformer = WanTransformer3DModel(**config).eval()
-    in_float32 = set(transformer._keep_in_fp32_modules)  # as from_pretrained(torch_dtype=torch.bfloat16) keeps them
-    for parameter_name, parameter in transformer.named_parameters():
-        if not in_float32 & set(parameter_name.split(".")):
-            parameter.data = parameter.data.to(torch.bfloat16)
+        transformer = in_bfloat16(WanTransformer3DModel(**config).eval())
     channels, *grid = MODELS["wan21_1_3b_480p"]
     latents = (channels, *((2, 4, 4) if quick else grid))
     name = f"Wan 2.1 1.3B, {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion random weights"
     return _step(name, transformer, latents, TEXT_TOKENS, config["text_dim"], device, torch.bfloat16, quick)
+
+
+def in_bfloat16(transformer: Any) -> Any:
+    """The transformer with its weights in bfloat16, but for those that `from_pretrained` would keep in float32."""
+    in_float32 = set(transformer._keep_in_fp32_modules)
+    for name, parameter in transformer.named_parameters():
+        if not in_float32 & set(name.split(".")):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return transformer
 
 
 def _embedded(quick: bool) -> StepOfModel:

@@ -1,9 +1,9 @@
 """latentfast: fused kernels for manipulating the latents of video diffusion models."""
 
 from latentfast.backends import Backend, backends, use_backend
+from latentfast.ops.combine import combine
 from latentfast.ops.edit import blend, edit
 from latentfast.ops.frequency import frequency_mix
-from latentfast.ops.combine import combine
 from latentfast.ops.guidance import guide, guided_step
 from latentfast.ops.interpolate import (
     interpolate_keys,

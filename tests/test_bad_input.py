@@ -442,7 +442,11 @@ _COMBINE = [
         "dtypes cannot be given together with out",
     ),
     (lambda: lf.combine([A], [[1.0]] * 5), ValueError, "coefficients must be 1 to 4 rows, got 5"),
-    (lambda: lf.combine([A], [[1.0], [1.0, 2.0]]), ValueError, "coefficients[1] must be 1 numbers, one for each tensor"),
+    (
+        lambda: lf.combine([A], [[1.0], [1.0, 2.0]]),
+        ValueError,
+        "coefficients[1] must be 1 numbers, one for each tensor",
+    ),
     (lambda: lf.combine([A], [[1.0]], dtypes=[]), ValueError, "dtypes must be 1 dtypes, one for each result, got 0"),
     (lambda: lf.combine([A], [1.0], dtypes=INTS.dtype), TypeError, "dtypes[0] must be float32, float16, bfloat16 or"),
 ]

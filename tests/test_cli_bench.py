@@ -164,3 +164,15 @@ def test_vae_decode(tmp_path: Path, capsys) -> None:
     assert decodes[0]["ways"][1]["faster_seams"] is None
     assert [part["name"] for part in decodes] == ["whole clip", "in tiles"]
     assert all(way["same_bits"] for part in (seams, *decodes) for way in part["ways"])
+
+
+@pytest.mark.slow
+def test_sampling_loop(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    status, out, _ = run(capsys, "sampling-loop", "--device", "cpu", "--quick", "--out", tmp_path / "loop.json")
+    assert status == 0 and "ready predictions" in out
+    written = json.loads((tmp_path / "loop.json").read_text())
+    assert [loop["pipeline"] for loop in written["loops"]] == ["diffusers", "latentfast"] * 2
+    for before, now in zip(written["loops"][::2], written["loops"][1::2], strict=True):
+        assert now["launches"] <= 4 < 50 < before["launches"]
+        assert now["outside_us"] == pytest.approx(now["step_us"][1] - 2 * now["forward_us"])

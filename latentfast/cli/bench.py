@@ -200,6 +200,25 @@ def share_of_step(
         out.write_text(found.to_json() + "\n", encoding="utf-8")
 
 
+@app.command("sampling-loop")
+def sampling_loop(
+    device: Device = "auto",
+    quick: Quick = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
+    ] = None,
+) -> None:
+    """Measure what a Wan sampling loop costs outside of the transformer: plain diffusers, and accelerated."""
+    from latentfast.benchmarks.sampling_loop import measure
+    from latentfast.benchmarks.sampling_loop import table as loop_table
+
+    found = measure(_device(device), quick=quick)
+    _console().print(loop_table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
+
+
 @app.command("vae-decode")
 def vae_decode(
     device: Device = "auto",

@@ -132,9 +132,7 @@ def combine(tensors, coefficients, *, dtypes=None, precise=False, out=None):
     first = _checks.latent("tensors[0]", tensors[0])
     for i, x in enumerate(tensors):
         if _checks.latent(f"tensors[{i}]", x).shape != first.shape:
-            raise ValueError(
-                f"tensors[{i}] must have tensors[0]'s shape {tuple(first.shape)}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"tensors[{i}] must have tensors[0]'s shape {tuple(first.shape)}, got {tuple(x.shape)}")
         _checks.same_device(f"tensors[{i}]", x, "tensors[0]", first)
     if not isinstance(precise, bool):
         raise TypeError(f"precise must be True or False, got {type(precise).__name__}")

@@ -59,14 +59,14 @@ def _cases() -> Iterator[Case]:
     yield _case("FlowMatchHeunDiscreteScheduler", shift=3.0)
 
     unipc = "UniPCMultistepScheduler"
-    last = {"final_sigmas_type": "sigma_min"}  # with a last sigma of 0 diffusers' bh1 and its prediction of noise are NaN
+    last = {
+        "final_sigmas_type": "sigma_min"
+    }  # with a last sigma of 0 diffusers' bh1 and its prediction of noise are NaN
     for order, solver in itertools.product((1, 2, 3), ("bh1", "bh2")):
         yield _case(unipc, solver_order=order, solver_type=solver, **flow, **(last if solver == "bh1" else {}))
         for kind in ("epsilon", "sample", "v_prediction"):
             yield _case(unipc, solver_order=order, solver_type=solver, prediction_type=kind, **last)
-            yield _case(
-                unipc, solver_order=order, solver_type=solver, prediction_type=kind, predict_x0=False, **last
-            )
+            yield _case(unipc, solver_order=order, solver_type=solver, prediction_type=kind, predict_x0=False, **last)
     for sigmas in SHAPES_OF_SIGMAS:
         yield _case(unipc, prediction_type="v_prediction", **sigmas)
     yield _case(unipc, {"mu": 0.6}, **flow, use_dynamic_shifting=True)
@@ -108,8 +108,12 @@ def _cases() -> Iterator[Case]:
             yield _case(name, prediction_type=kind, timestep_spacing="trailing", set_alpha_to_one=False, **off)
         yield _case("LCMScheduler", prediction_type=kind)
     yield _case(
-        "EulerDiscreteScheduler", prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True,
-        sigma_min=0.002, sigma_max=700.0,
+        "EulerDiscreteScheduler",
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
     )  # fmt: skip  (Stable Video Diffusion's)
     yield _case(
         "CogVideoXDDIMScheduler", prediction_type="v_prediction", rescale_betas_zero_snr=True,

@@ -222,7 +222,9 @@ def test_configurations_go_round(case: Case, tmp_path) -> None:
     plain.save_pretrained(tmp_path / "plain")
     names = [path.name for path in (tmp_path / "fast").iterdir()]
     assert all((tmp_path / "fast" / n).read_text() == (tmp_path / "plain" / n).read_text() for n in names)
-    assert dict(parent.from_pretrained(tmp_path / "fast").config) == dict(parent.from_pretrained(tmp_path / "plain").config)
+    assert dict(parent.from_pretrained(tmp_path / "fast").config) == dict(
+        parent.from_pretrained(tmp_path / "plain").config
+    )
     made = schedulers.accelerated(parent.from_pretrained(tmp_path / "fast"))
     assert type(made) is type(fast) and type(schedulers.accelerated(made)) is type(fast)
     assert type(type(fast).from_pretrained(tmp_path / "plain")) is type(fast)

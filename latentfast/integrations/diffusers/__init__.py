@@ -7,6 +7,7 @@ except ImportError as error:
         "latentfast.integrations.diffusers needs diffusers, which is not installed: pip install 'latentfast[diffusers]'"
     ) from error
 
-from latentfast.integrations.diffusers import schedulers, vaes
+from latentfast.integrations.diffusers import blocks, guiders, schedulers, vaes
+from latentfast.integrations.diffusers.accelerate import Handle, accelerate
 
-__all__ = ["schedulers", "vaes"]
+__all__ = ["Handle", "accelerate", "blocks", "guiders", "schedulers", "vaes"]
