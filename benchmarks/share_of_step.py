@@ -88,7 +88,8 @@ def measure(device: str, quick: bool = False) -> Shares:
         return Shares([*steps, _embedded(quick)], quick)
 
 
-def _full_size(device: torch.device, quick: bool) -> StepOfModel:
+def full_size_wan(device: torch.device, quick: bool) -> tuple[Any, tuple[int, ...]]:
+    """Wan 2.1 1.3B of random bfloat16 weights, and the shape of its 480p latents; `quick`: one layer, few frames."""
     from diffusers import WanTransformer3DModel
 
     config = WAN_1_3B | ({"num_layers": 1, "ffn_dim": 64, "text_dim": 64} if quick else {})
@@ -96,9 +97,14 @@ def _full_size(device: torch.device, quick: bool) -> StepOfModel:
     with device:  # drawn where it is used: 1.4 billion numbers
         transformer = in_bfloat16(WanTransformer3DModel(**config).eval())
     channels, *grid = MODELS["wan21_1_3b_480p"]
-    latents = (channels, *((2, 4, 4) if quick else grid))
+    return transformer, (channels, *((2, 4, 4) if quick else grid))
+
+
+def _full_size(device: torch.device, quick: bool) -> StepOfModel:
+    transformer, latents = full_size_wan(device, quick)
     name = f"Wan 2.1 1.3B, {sum(p.numel() for p in transformer.parameters()) / 1e9:.2f} billion random weights"
-    return _step(name, transformer, latents, TEXT_TOKENS, config["text_dim"], device, torch.bfloat16, quick)
+    text_dim = transformer.config.text_dim
+    return _step(name, transformer, latents, TEXT_TOKENS, text_dim, device, torch.bfloat16, quick)
 
 
 def in_bfloat16(transformer: Any) -> Any:

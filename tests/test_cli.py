@@ -137,13 +137,14 @@ def test_edit_in_a_box(wan_folder: Path, tmp_path: Path, capsys) -> None:
 def test_edit_in_a_region_found_or_painted(wan_folder: Path, tmp_path: Path, capsys) -> None:
     common = ["edit", "a red circle", "a blue square", "--model", wan_folder, *SIZE, "--out", tmp_path / "edit.mp4"]
     kept = tmp_path / "edit.safetensors"
-    made(capsys, *common, "--save-latents", kept)
-    saved = load_file(kept)
-    assert saved["mask"].shape == (1, 1, 3, 8, 8)
-    outside = (saved["mask"] == 0).expand_as(saved["source"])
-    assert 0 < outside.float().mean() < 1
-    assert torch.equal(saved["edited"][outside], saved["source"][outside])
-    assert not torch.equal(saved["edited"][~outside], saved["source"][~outside])
+    for mask in ((), ("--words", "circle", "--keep", "red"), ("--mask", "difference")):
+        made(capsys, *common, *mask, "--save-latents", kept)
+        saved = load_file(kept)
+        assert saved["mask"].shape == (1, 1, 3, 8, 8)
+        outside = (saved["mask"] == 0).expand_as(saved["source"])
+        assert 0 < outside.float().mean() < 1
+        assert torch.equal(saved["edited"][outside], saved["source"][outside])
+        assert not torch.equal(saved["edited"][~outside], saved["source"][~outside])
 
     picture = Image.new("L", (64, 64))
     picture.paste(255, (0, 0, 16, 8))
@@ -220,12 +221,15 @@ def test_refusals_before_any_work(wan_folder: Path, tmp_path: Path, capsys) -> N
         ([*interpolate, "--seeds", "4", "4"], "same prompt and seed"),
         (["interpolate", "a", "", "--out", clip], "PROMPT_B: the prompt is empty"),
         (["edit", "a", "a", "--out", clip], "EDIT_PROMPT equals PROMPT"),
-        ([*edit, "--mask", "somewhere"], "--mask: expected auto, a box"),
+        ([*edit, "--mask", "somewhere"], "--mask: expected auto, difference, a box"),
         ([*edit, "--mask", "1,2,3,x"], "four whole numbers"),
         ([*edit, "--mask", "9,0,4,4"], "0 <= x0 < x1"),
         ([*edit, "--mask", "0,0,65,64"], "leaves the picture of 64x64"),
         ([*edit, "--mask", tmp_path / "words.txt"], "not a readable picture"),
         ([*edit, "--mask", tmp_path / "black.png"], "no white pixel"),
+        ([*edit, "--words", "green"], "words must be in the prompt: 'green' is not among its words: a"),
+        ([*edit, "--words", "a", "--mask", "difference"], "--words and --keep: they say where"),
+        ([*edit, "--keep", "green"], "'green' is not among its words"),
         ([*edit, "--strength", "0"], "--strength"),
         ([*edit, "--strength", "nan"], "--strength"),
     ]

@@ -141,6 +141,53 @@ def test_table_writes_and_checks_a_page(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.slow
+def test_capture_cost(tmp_path: Path, capsys) -> None:
+    status, out, _ = run(capsys, "capture-cost", "--device", "cpu", "--quick", "--out", tmp_path / "cost.json")
+    assert status == 0 and "AttentionCapture" in out and "time added" in out
+    written = json.loads((tmp_path / "cost.json").read_text())
+    plain, *captures = written["ways"]
+    assert plain["added_time"] == 0 and all(way["same"] for way in written["ways"])
+    for way in captures:
+        assert way["added_time"] == pytest.approx(way["ms"][1] / plain["ms"][1] - 1)
+        # scores of bfloat16, and the other arithmetic rounds masses of a few hundredths to bfloat16 as well
+        assert way["off"] < 1e-3
+
+
+@pytest.mark.slow
+def test_localized_edit(tmp_path: Path, capsys) -> None:
+    options = ["--prompts", 1, "--batch", 1, "--steps", 6, "--kind", "shape"]
+    out = tmp_path / "new" / "edits.json"
+    status, said, _ = run(capsys, "localized-edit", "--device", "cpu", *options, "--out", out, "--pictures", tmp_path)
+    assert status == 0 and "mask of the attention" in said and "no mask" in said
+    (task,) = json.loads(out.read_text())["tasks"]
+    assert task["task"] == "shape" and task["drawn"] == 1
+    assert task["mask of the attention"]["mean"]["iou"] > 0.5 and task["no mask"]["mean"]["iou"] is None
+    assert (tmp_path / "localized-edit-shape.png").stat().st_size > 1000
+    line = refused(capsys, "localized-edit", "--kind", "size")
+    assert line.endswith("--kind: expected one of colour, shape, background, got 'size'")
+
+
+@pytest.mark.parametrize("kind", ["colour", "shape", "background"])
+def test_localized_edits_are_judged(kind: str) -> None:
+    """Rendered clips in place of generated ones: what was asked for, nothing, too much."""
+    from latentfast.benchmarks import localized_edit as edits
+    from latentfast.tiny import Judge, render
+
+    task = next(edits.tasks(kind, 5))
+    assert task.scene != task.wanted and all(word in edits.caption(task.scene) for word in task.words() + task.keep())
+    other = dataclasses.replace(task.wanted, light="dim" if task.scene.light == "bright" else "bright")
+    scenes = (task.scene, task.wanted, other)
+    source, wanted, dimmed = (render(x, generator=torch.Generator().manual_seed(2)).video for x in scenes)
+    judge = Judge()
+    before = judge.read(source)[0]
+    order = edits._order(task.scene, before.scene)
+    assert order is not None and edits._order(task.wanted, before.scene) is None
+    for clip, seen in ((wanted, (True, True, True)), (source, (False, True, True)), (dimmed, (True, True, False))):
+        found = edits._outcome(task, order[task.named], before, judge.read(clip)[0], source[0], clip[0])
+        assert (found.changed, found.other_kept, found.rest_kept) == seen
+        assert (found.psnr > 40) == (clip is not dimmed)
+
+
 def test_share_of_step(tmp_path: Path, capsys) -> None:
     pytest.importorskip("diffusers")
     status, out, _ = run(capsys, "share-of-step", "--device", "cpu", "--quick", "--out", tmp_path / "share.json")

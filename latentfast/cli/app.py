@@ -125,15 +125,29 @@ def edit(
     mask: Annotated[
         str,
         typer.Option(
-            metavar="auto|X0,Y0,X1,Y1|PICTURE",
-            help="Where the edit may act: found from the prompts, a box in pixels, or a picture (white acts).",
+            metavar="auto|difference|X0,Y0,X1,Y1|PICTURE",
+            help="Where the edit may act: where the attention to words looks, where the two clips come apart, a box "
+            "in pixels, or a picture (white acts).",
         ),
     ] = "auto",
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            help="With --mask auto: words of PROMPT for what is edited (repeatable); default: those that EDIT_PROMPT "
+            "has not.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORDS", help="With --mask auto: words of PROMPT for what must stay (repeatable)."),
+    ] = None,
     strength: Annotated[
         float, typer.Option(help="Share of the steps in which the edit acts, above 0 and up to 1.")
     ] = 1.0,
     observe: Annotated[
-        float, typer.Option(min=0, max=1, help="With --mask auto: share of those steps before the region is fixed.")
+        float,
+        typer.Option(min=0, max=1, help="With --mask difference: share of those steps before the region is fixed."),
     ] = 0.1,
     compare: Annotated[bool, typer.Option("--compare", help="Put the source at the edit's left.")] = False,
     seed: Seed = 0,
@@ -151,6 +165,8 @@ def edit(
         edit_prompt=edit_prompt,
         seed=seed,
         mask=mask,
+        words=words or (),
+        keep=keep or (),
         strength=strength,
         observe=observe,
         compare=compare,

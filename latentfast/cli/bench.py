@@ -241,6 +241,85 @@ def vae_decode(
         raise typer.Exit(1)
 
 
+@app.command("capture-cost")
+def capture_cost(
+    device: Device = "auto",
+    quick: Quick = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
+    ] = None,
+) -> None:
+    """Measure what attention capture adds to a forward of a full-size model."""
+    from latentfast.benchmarks.capture_cost import measure
+    from latentfast.benchmarks.capture_cost import table as cost_table
+
+    found = measure(_device(device), quick=quick)
+    _console().print(found.title())
+    _console().print(cost_table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
+
+
+@app.command("localized-edit")
+def localized_edit(
+    device: Device = "auto",
+    prompts: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 128,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", metavar="[colour|shape|background]", help="Only these (repeatable).")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes that are denoised together.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the steps in which the edit acts; default: by kind.")
+    ] = None,
+    dilate: Annotated[int, typer.Option(min=0, help="Cells that are added around the mask.")] = 1,
+    look: Annotated[bool, typer.Option("--look/--grow", help="A run of the source first, or masks that grow.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of scenes and noise.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Gets a picture of some edits of each kind.")
+    ] = None,
+) -> None:
+    """Measure on the embedded model, by its judge, whether edits stay where the attention looks."""
+    from latentfast.benchmarks.localized_edit import TASKS, measure
+    from latentfast.benchmarks.localized_edit import table as edits_table
+
+    for name in kind or ():
+        if name not in TASKS:
+            raise UserError(f"--kind: expected one of {', '.join(TASKS)}, got '{name}'")
+    console = _console()
+    found = measure(
+        _device(device),
+        prompts,
+        kinds=tuple(kind or TASKS),
+        batch=batch,
+        seed=seed,
+        say=console.print,
+        options={"dilate": dilate, "look": look} | ({} if strength is None else {"strength": strength}),
+        call={} if steps is None else {"num_inference_steps": steps},
+    )
+    console.print(edits_table(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(found.to_json() + "\n", encoding="utf-8")
+    if pictures is not None:
+        _save_pictures(pictures, {result.kind: result.pictures for result in found.results})
+
+
+def _save_pictures(folder: Path, rows: dict[str, list]) -> None:
+    """Each kind's rows, one below the other, as localized-edit-KIND.png."""
+    import torch
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, strips in rows.items():
+        if strips:
+            Image.fromarray(torch.cat(strips).numpy()).save(folder / f"localized-edit-{name}.png", optimize=True)
+
+
 def _console() -> Console:
     from rich.console import Console
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,11 +17,14 @@ from torch import Tensor
 from latentfast.cli.errors import UserError
 from latentfast.cli.output import atomic_outputs, check_file_target
 from latentfast.cli.progress import Bar
-from latentfast.cli.recipes import MaskedEdit, latent_path, mix_prompts, outside_keeps_bits
+from latentfast.cli.recipes import difference, latent_path, mix_prompts, outside_keeps_bits
 from latentfast.cli.record import checksum, tensors_to_bytes
 from latentfast.cli.request import Mask, Request, check_prompt
-from latentfast.cli.sampler import Sampler, StepCallback
+from latentfast.cli.sampler import Sampler
 from latentfast.cli.video import encode_mp4, tile
+
+if TYPE_CHECKING:
+    from latentfast.integrations.diffusers import LocalizedEdit
 
 __all__ = ["Output", "edit", "generate", "interpolate"]
 
@@ -101,38 +105,56 @@ def edit(
     edit_prompt: str,
     seed: int,
     mask: str,
-    strength: float,
-    observe: float,
-    compare: bool,
+    words: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    strength: float = 1.0,
+    observe: float = 0.1,
+    compare: bool = False,
 ) -> None:
     """Make a clip and change it towards another prompt inside a region only."""
     prompt, edit_prompt = check_prompt("PROMPT", prompt), check_prompt("EDIT_PROMPT", edit_prompt)
     if prompt == edit_prompt:
         raise UserError("EDIT_PROMPT equals PROMPT: there is nothing to edit")
     region = Mask.parse(mask)
+    if not 0 < strength <= 1:
+        raise UserError(f"--strength: expected a number above 0 and up to 1, got {strength}")
+    if mask != "auto" and (words or keep):
+        raise UserError(f"--words and --keep: they say where the attention is looked for, but --mask is {mask}")
     note = {
         "command": "edit",
         "prompt": prompt,
         "edit_prompt": edit_prompt,
         "seed": seed,
         "mask": mask,
+        "words": list(words),
+        "keep": list(keep),
         "strength": strength,
     }
-    with _Job(request, output, note=note, clips=2) as job:
+    # The attention is first looked at in a run of the source alone.
+    with _Job(request, output, note=note, clips=3 if mask == "auto" else 2) as job:
         sampler = job.sampler
         noise = sampler.noise(seed)
         sampler.frame_dim(noise)  # refuses latents without a grid, before the work
-        confined = MaskedEdit(sampler, mask=region.on(sampler, noise), strength=strength, observe=observe)
-        both = job.denoise("denoising source and edit", [prompt, edit_prompt], noise.repeat_interleave(2, 0), confined)
-        source, edited = both.chunk(2)
-        outside, kept = outside_keeps_bits(source, edited, confined.mask)
+        given = region.on(sampler, noise)
+        made = job.edit(
+            "denoising source and edit",
+            prompt,
+            edit_prompt,
+            noise,
+            mask=difference(sampler, strength=strength, observe=observe) if region.difference else given,
+            words=words or None,
+            keep=keep,
+            strength=strength,
+        )
+        source, edited = made.source, made.edited
+        outside, kept = outside_keeps_bits(source, edited, made.mask)
         if kept != outside:
             raise RuntimeError(f"{outside - kept} of {outside} values outside the mask lost the source's bits")
-        clips = sampler.decode(both)
+        clips = sampler.decode(torch.cat([source, edited]))
         clip = tile(list(clips)) if compare else clips[1]
         share = 1 - outside / source.numel()
         job.say(f"mask: {share:.0%} of the latents; outside it {kept} of {outside} values keep the source's bits")
-        job.finish(clip, {"source": source, "edited": edited, "mask": confined.mask})
+        job.finish(clip, {"source": source, "edited": edited, "mask": made.mask})
 
 
 class _Job:
@@ -158,16 +180,18 @@ class _Job:
             for line in self._lines:
                 console.print(line, markup=False)
 
-    def denoise(
-        self, text: str, prompts: Sequence[str] | Tensor, noise: Tensor, on_step: StepCallback | None = None
-    ) -> Tensor:
+    def denoise(self, text: str, prompts: Sequence[str] | Tensor, noise: Tensor) -> Tensor:
         self._bar.stage(text)
 
         def watched(step: int, latents: Tensor) -> Tensor:
             self._bar.advance(len(noise))
-            return latents if on_step is None else on_step(step, latents)
+            return latents
 
         return self.sampler.denoise(prompts, noise, on_step=watched)
+
+    def edit(self, text: str, prompt: str, edit_prompt: str, noise: Tensor, **options: Any) -> LocalizedEdit:
+        self._bar.stage(text)
+        return self.sampler.edit(prompt, edit_prompt, noise, on_step=self._bar.advance, **options)
 
     def say(self, line: str) -> None:
         """A line for the terminal once the files are in place."""

@@ -18,10 +18,10 @@ from latentfast.cli import report
 from latentfast.cli.errors import UserError
 from latentfast.cli.output import atomic_outputs
 from latentfast.cli.progress import Bar, Stopwatch
-from latentfast.cli.recipes import MaskedEdit, disturb, latent_path, mend, outside_keeps_bits
+from latentfast.cli.recipes import disturb, latent_path, mend, outside_keeps_bits
 from latentfast.cli.record import active_backend, checksum, machine, tensors_to_bytes, versions
 from latentfast.cli.request import Request
-from latentfast.cli.sampler import Sampler, StepCallback
+from latentfast.cli.sampler import Sampler
 from latentfast.cli.timing import WAN_480P, Timing, time_operations
 from latentfast.cli.video import encode_mp4, psnr, tile
 
@@ -30,6 +30,9 @@ __all__ = ["run_demo"]
 PROMPT = "a big red circle moving right on a dark background in bright light"
 SOURCE = "a big red circle moving left and a small yellow star moving right on a gray background in bright light"
 EDITED = "a big blue circle moving left and a small yellow star moving right on a gray background in bright light"
+WORDS, KEEP = ["big red circle"], ["small yellow star"]
+# What stands where is settled in the first steps: they are the source's.
+STRENGTH = 0.85
 PATH_CLIPS = 5
 FLICKER, JITTER = 0.4, 0.4  # of latents with a standard deviation near 1
 MEND_STEPS = 40
@@ -85,7 +88,7 @@ class _Demo:
     def __init__(self, sampler: Sampler, folder: Path, seed: int) -> None:
         self.sampler, self.folder, self.seed = sampler, folder, seed
         self.watch = Stopwatch()
-        denoised = (PATH_CLIPS + 2) * sampler.steps
+        denoised = (PATH_CLIPS + 3) * sampler.steps
         self.bar = Bar(LOADING + denoised + (PATH_CLIPS + 4) * DECODING + MEND_STEPS + TIMING)
         self.sections: list[report.Section] = []
         self.timings: list[Timing] = []
@@ -159,34 +162,32 @@ class _Demo:
     def edit_in_a_mask(self) -> None:
         seed = self.seed + 2
         self.seeds["edit"] = seed
-        noise = self.sampler.noise(seed).repeat_interleave(2, 0)
-        confined = MaskedEdit(self.sampler)
-
-        def on_step(step: int, latents: Tensor) -> Tensor:
-            with self.watch("latentfast"):
-                return confined(step, latents)
-
-        both = self._denoise("an edit inside a mask", [SOURCE, EDITED], noise, on_step)
-        source, edited = both.chunk(2)
-        outside, kept = outside_keeps_bits(source, edited, confined.mask)
+        self.bar.stage("an edit where the attention looks")
+        with self.watch("denoising"):
+            made = self.sampler.edit(
+                SOURCE, EDITED, self.sampler.noise(seed), on_step=self.bar.advance, words=WORDS, keep=KEEP,
+                strength=STRENGTH,
+            )  # fmt: skip
+        both = torch.cat([made.source, made.edited])
+        outside, kept = outside_keeps_bits(made.source, made.edited, made.mask)
         if kept != outside:
             raise RuntimeError(f"{outside - kept} of {outside} values outside the mask lost the source's bits")
         clips = self._decode(both)
-        region = report.show_mask(clips[0], confined.mask[0], self.sampler.frame_dim(both))
+        region = report.show_mask(clips[0], made.mask[0], self.sampler.frame_dim(both))
         self._keep("edit", both, tile([clips[0], region, clips[1]]))
         self.measured["edit"] = {"values_outside_mask": outside, "values_with_source_bits": kept}
         self.sections.append(
             report.Section(
                 title="An edit inside a mask",
-                text="Source and edit are denoised side by side from one noise. Where their latents come apart in the "
-                "first steps is what the edit is about; from then on blend confines it to that region, step by step.",
+                text=f"A run of the source shows where the attention to “{WORDS[0]}” looks. Then source and edit are "
+                "denoised side by side from one noise, and blend confines the edit to that region, step by step.",
                 panels=[
                     report.Panel.of(f"source: “{SOURCE}”", clips[0], FPS),
                     report.Panel.of("the region that was found", region, FPS),
                     report.Panel.of(f"edit: “{EDITED}”", clips[1], FPS),
                 ],
                 facts=[
-                    ("region", f"{1 - outside / source.numel():.1%} of the latents"),
+                    ("region", f"{1 - outside / made.source.numel():.1%} of the latents"),
                     ("values outside it", f"{outside:,}"),
                     ("with the source's bits", f"{kept:,}, all of them"),
                 ],
@@ -258,12 +259,12 @@ class _Demo:
         (self.folder / "report.html").write_text(page, encoding="utf-8")
         (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    def _denoise(self, text: str, prompts: list[str], noise: Tensor, on_step: StepCallback | None = None) -> Tensor:
+    def _denoise(self, text: str, prompts: list[str], noise: Tensor) -> Tensor:
         self.bar.stage(text)
 
         def watched(step: int, latents: Tensor) -> Tensor:
             self.bar.advance(len(noise))
-            return latents if on_step is None else on_step(step, latents)
+            return latents
 
         with self.watch("denoising"):
             return self.sampler.denoise(prompts, noise, on_step=watched)

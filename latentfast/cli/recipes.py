@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import latentfast
-from latentfast.cli.errors import UserError
 from latentfast.cli.sampler import Sampler
 
 __all__ = [
-    "MaskedEdit",
     "Mended",
     "changed_region",
+    "difference",
     "disturb",
     "latent_path",
     "mend",
@@ -45,50 +44,32 @@ def _even(count: int) -> list[float]:
     return [index / (count - 1) for index in range(count)]
 
 
-class MaskedEdit:
-    """Step callback that denoises a source and its edit side by side, the edit confined to a region.
+def difference(sampler: Sampler, *, strength: float, observe: float) -> Callable[[int, Tensor, Tensor], Tensor | None]:
+    """A mask for `localized_edit` that needs no attention: where the two clips come apart.
 
-    The batch is ``[source, edited]``, both from one noise. After every step the edited sample is blended over the
-    source, so that outside the mask it holds the source's bits, at the end as at every step before.
-
-    Without a mask the region is found on the way: both prompts run free for the first ``observe`` of the steps, and
-    where their latents have come apart is what the edit is about (the idea of DiffEdit, Couairon et al. 2022,
-    arXiv:2210.11427, read from the latents instead of the predictions).
+    Both prompts run free for the first ``observe`` of the acting steps, and where their latents have come apart is what
+    the edit is about (the idea of DiffEdit, Couairon et al. 2022, arXiv:2210.11427, read from the latents instead of
+    the predictions).
 
     Args:
         sampler: whose steps are watched.
-        mask: 1 where the edit may act, 0 elsewhere, broadcastable to one sample's latents; None = find it.
-        strength: share of the steps, from the end, in which the edit acts; before, it follows the source exactly.
+        strength: share of the steps, from the end, in which the edit acts.
         observe: share of the acting steps after which the region is fixed.
     """
+    follow = min(round((1 - strength) * sampler.steps), sampler.steps - 1)
+    decide = follow + max(1, round(observe * (sampler.steps - follow)))
+    found: list[Tensor] = []
 
-    def __init__(
-        self, sampler: Sampler, *, mask: Tensor | None = None, strength: float = 1.0, observe: float = 0.1
-    ) -> None:
-        if not 0 < strength <= 1:
-            raise UserError(f"--strength: expected a number above 0 and up to 1, got {strength}")
-        self._mask = mask
-        self._sampler = sampler
-        self._follow = min(round((1 - strength) * sampler.steps), sampler.steps - 1)
-        self._decide = self._follow + max(1, round(observe * (sampler.steps - self._follow)))
+    def mask(step: int, source: Tensor, edited: Tensor) -> Tensor | None:
+        if step < follow:
+            return None
+        if step + 1 < decide:
+            return torch.ones_like(source[:, :1, :1, :1, :1])
+        if not found:
+            found.append(changed_region(source, edited, frame_dim=sampler.frame_dim(source)))
+        return found[0]
 
-    def __call__(self, step: int, latents: Tensor) -> Tensor:
-        source, edited = latents.chunk(2)
-        done = step + 1
-        if done <= self._follow:
-            return torch.cat([source, source])
-        if self._mask is None and done >= self._decide:
-            self._mask = changed_region(source, edited, frame_dim=self._sampler.frame_dim(latents))
-        if self._mask is None:
-            return latents
-        return torch.cat([source, latentfast.blend(source, edited, self._mask)])
-
-    @property
-    def mask(self) -> Tensor:
-        """The region, once it is known: from the start if given, else from the step that found it."""
-        if self._mask is None:
-            raise RuntimeError("the region is not found yet: the sampler has not run far enough")
-        return self._mask
+    return mask
 
 
 def changed_region(a: Tensor, b: Tensor, *, frame_dim: int = 2, grow: int = 1) -> Tensor:

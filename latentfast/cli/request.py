@@ -87,16 +87,19 @@ def check_prompt(name: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Mask:
-    """Where an edit may act: ``auto``, a box ``x0,y0,x1,y1`` in pixels, or a picture (white acts, black does not)."""
+    """Where an edit may act: ``auto`` (where the attention looks), ``difference`` (where the two clips come apart), a
+    box ``x0,y0,x1,y1`` in pixels, or a picture (white acts, black does not).
+    """
 
+    difference: bool = False
     box: tuple[int, int, int, int] | None = None
     picture: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Mask:
         """Read the option's text; a picture is opened once to see that it is one."""
-        if text == "auto":
-            return cls()
+        if text in ("auto", "difference"):
+            return cls(difference=text == "difference")
         parts = text.split(",")
         if len(parts) == 4:
             try:
@@ -108,12 +111,12 @@ class Mask:
             return cls(box=(x0, y0, x1, y1))
         path = Path(text)
         if not path.is_file():
-            raise UserError(f"--mask: expected auto, a box x0,y0,x1,y1 or a picture's file, got '{text}'")
+            raise UserError(f"--mask: expected auto, difference, a box x0,y0,x1,y1 or a picture's file, got '{text}'")
         _read_gray(path)
         return cls(picture=path)
 
     def on(self, sampler: Sampler, latents: Tensor) -> Tensor | None:
-        """The mask on the latents' grid, ``(1, 1, 1, H, W)``; None for ``auto``.
+        """The mask on the latents' grid, ``(1, 1, 1, H, W)``; None for those that are found on the way.
 
         A cell belongs to it if any of its pixels does.
         """

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from latentfast.cli.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from latentfast.integrations.diffusers import LocalizedEdit
 
 __all__ = ["Sampler", "StepCallback"]
 
@@ -42,8 +45,9 @@ class Sampler:
 
     def setting(self, name: str) -> Any:
         """The value in force for an argument of the pipeline's call: ours, else the pipeline's default."""
-        value = self.call.get(name, self._defaults.get(name))
-        return None if value is inspect.Parameter.empty else value
+        from latentfast.integrations.diffusers.sampling import setting
+
+        return setting(self.pipeline, self.call, name)
 
     @property
     def steps(self) -> int:
@@ -53,37 +57,25 @@ class Sampler:
     def device(self) -> torch.device:
         return self.pipeline.device
 
-    @property
-    def channels(self) -> int:
-        """Channels of the latents."""
-        return int(self.pipeline.transformer.config.in_channels)
-
     def frame_dim(self, latents: Tensor) -> int:
         """The frames' dimension: 2 for latents ``(B, C, T, H, W)``, 1 for ``(B, T, C, H, W)``.
 
         Raises:
             UserError: the pipeline packs its latents into tokens, where no region or frame can be named.
         """
-        if latents.ndim != 5:
-            name = type(self.pipeline).__name__
-            raise UserError(f"{name} packs its latents into tokens: no region or frame can be named in them")
-        return 2 if latents.shape[1] == self.channels else 1
+        from latentfast.integrations.diffusers.sampling import frame_dim
+
+        try:
+            return frame_dim(self.pipeline, latents)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def noise(self, seed: int) -> Tensor:
         """The starting noise of one clip, drawn on the CPU so that a seed means the same on every device."""
-        prepare = self.pipeline.prepare_latents
-        known = {
-            "batch_size": 1,
-            "num_channels_latents": self.channels,
-            "height": self.setting("height"),
-            "width": self.setting("width"),
-            "num_frames": self.setting("num_frames"),
-            "dtype": torch.float32,
-            "device": self.device,
-            "generator": torch.Generator("cpu").manual_seed(seed),
-        }
-        names = inspect.signature(prepare).parameters
-        return self._checked(prepare, **{name: value for name, value in known.items() if name in names})
+        from latentfast.integrations.diffusers.sampling import starting_noise
+
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return self._checked(starting_noise, pipe=self.pipeline, call=self.call, generator=generator)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """The prompts' embeddings, one row each.
@@ -113,6 +105,34 @@ class Sampler:
 
         condition = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
         return self._run(output_type="latent", latents=noise, callback_on_step_end=forward, **condition)
+
+    def edit(
+        self, prompt: str, edit_prompt: str, noise: Tensor, *, on_step: Callable[[int], None], **options: Any
+    ) -> LocalizedEdit:
+        """A clip and its edit, confined to a mask: see `latentfast.integrations.diffusers.localized_edit`.
+
+        Args:
+            prompt: of the clip.
+            edit_prompt: of its edit.
+            noise: the starting noise of both.
+            on_step: is told after each step how many clips took it.
+            **options: of `localized_edit`.
+
+        Raises:
+            UserError: a word isn't in its prompt, or the model's attention isn't known.
+        """
+        from latentfast.integrations.diffusers import localized_edit
+
+        def stepped(pipeline, step: int, timestep, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            on_step(len(tensors["latents"]))
+            return {}
+
+        given = {**self.call, **options, "latents": noise, "output_type": "latent", "callback_on_step_end": stepped}
+        try:
+            with torch.no_grad():
+                return localized_edit(self.pipeline, prompt, edit_prompt, **given)
+        except (TypeError, ValueError) as error:
+            raise UserError(one_line(error)) from error
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -9,5 +9,17 @@ except ImportError as error:
 
 from latentfast.integrations.diffusers import blocks, guiders, schedulers, vaes
 from latentfast.integrations.diffusers.accelerate import Handle, accelerate
+from latentfast.integrations.diffusers.capture import AttentionCapture
+from latentfast.integrations.diffusers.localized_edit import LocalizedEdit, localized_edit
 
-__all__ = ["Handle", "accelerate", "blocks", "guiders", "schedulers", "vaes"]
+__all__ = [
+    "AttentionCapture",
+    "Handle",
+    "LocalizedEdit",
+    "accelerate",
+    "blocks",
+    "guiders",
+    "localized_edit",
+    "schedulers",
+    "vaes",
+]

@@ -1,0 +1,53 @@
+"""What a text-to-video pipeline tells about its sampling through its public interface."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["frame_dim", "latent_channels", "setting", "starting_noise"]
+
+
+def setting(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
+    """The value in force for an argument of a pipeline's call: that of `call`, else the pipeline's default."""
+    if name in call:
+        return call[name]
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def latent_channels(pipe: Any) -> int:
+    """Channels of a pipeline's latents."""
+    return int(pipe.transformer.config.in_channels)
+
+
+def frame_dim(pipe: Any, latents: Tensor) -> int:
+    """The frames' dimension: 2 for latents `(B, C, T, H, W)`, 1 for `(B, T, C, H, W)`.
+
+    Raises:
+        ValueError: the pipeline packs its latents into tokens, where no region or frame can be named.
+    """
+    if latents.ndim != 5:
+        name = type(pipe).__name__
+        raise ValueError(f"{name} packs its latents into tokens: no region or frame can be named in them")
+    return 2 if latents.shape[1] == latent_channels(pipe) else 1
+
+
+def starting_noise(pipe: Any, call: Mapping[str, Any], generator: torch.Generator | None) -> Tensor:
+    """The starting noise of one clip, as a pipeline's call with these arguments would draw it."""
+    known = {
+        "batch_size": 1,
+        "num_channels_latents": latent_channels(pipe),
+        "height": setting(pipe, call, "height"),
+        "width": setting(pipe, call, "width"),
+        "num_frames": setting(pipe, call, "num_frames"),
+        "dtype": torch.float32,
+        "device": pipe.device,
+        "generator": generator,
+    }
+    names = inspect.signature(pipe.prepare_latents).parameters
+    return pipe.prepare_latents(**{name: value for name, value in known.items() if name in names})
