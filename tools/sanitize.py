@@ -23,9 +23,11 @@ ODD = (2, 3, 5, 7, 13)
 LARGE = (2, 16, 5, 60, 104)  # several chunks a vector, the aligned path
 
 
-def calls(dtype: torch.dtype) -> None:
+def calls(dtype: torch.dtype, only: str) -> None:
     """Every operation of the tests' table, forward and backward at odd sizes, forward at a large one."""
     for operation in OPERATIONS:
+        if only not in operation.function:
+            continue
         try:
             inputs = operation.inputs(Draw(dtype, "cuda"), ODD)
         except pytest.skip.Exception as reason:  # the backend leaves it to another
@@ -36,25 +38,32 @@ def calls(dtype: torch.dtype) -> None:
         else:
             operation.call(**inputs)
     for operation in LIGHT:
+        if only not in operation.function:
+            continue
         with contextlib.suppress(pytest.skip.Exception):
             operation.call(**operation.inputs(Draw(dtype, "cuda"), LARGE))
     a, b = (x.flatten()[1:] for x in Draw(dtype, "cuda").normal(2, *LARGE))  # not at 16 bytes
     latentfast.slerp(a, b, 0.5)
     latentfast.slerp(a, -a, 0.5)
+    for shape in (ODD, LARGE):
+        x, y = Draw(dtype, "cuda").normal(2, *shape)
+        rows, dtypes = [[0.5, 2, 1], [1, -1, 3]], [dtype, torch.bfloat16]
+        latentfast.combine([x, y.bfloat16(), y], rows, dtypes=dtypes, precise=True)
     torch.cuda.synchronize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"))
+    parser.add_argument("--only", default="", help="operations whose name contains this")
     arguments = parser.parse_args()
     with latentfast.use_backend(arguments.backend):
         if arguments.backend == "cuda":
             for name in latentfast.backends():
                 print(f"{name.name}: {'available' if name.available else name.reason}")
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            calls(dtype)
-            print(f"{arguments.backend} {dtype}: every operation called")
+            calls(dtype, arguments.only)
+            print(f"{arguments.backend} {dtype}: every operation {arguments.only or 'of the table'} called")
 
 
 if __name__ == "__main__":
