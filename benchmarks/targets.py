@@ -65,6 +65,7 @@ HOST_COMPILE = "host, × torch.compile", _faster("compiled", "host_us")
 HOST_EAGER = "host, × eager", _faster("eager", "host_us")
 COMPILE = "device, × torch.compile", _faster("compiled", "device_us")
 EAGER = "device, × eager", _faster("eager", "device_us")
+CALL = "call, × eager", _faster("eager", "call_us")  # where eager waits for the device, its device time is unknown
 PEER = "call, × peer", _faster("peer_eager", "call_us")
 FLOORS = "time / floor", _floors
 MEMORY = "memory / eager's", _of_eagers_memory
@@ -83,7 +84,7 @@ def _targets(
 def _of_a_pipeline() -> dict[str, list[Target]]:
     """The arithmetic of a video pipeline between its model calls, by stem."""
     small = {HOST_ADD: 2.0, HOST_COMPILE: 5.0, HOST_EAGER: 8.0}
-    heatmap = {FLOORS: 2.0, COMPILE: 3.0, EAGER: 10.0, MEMORY: 0.01}
+    heatmap = {FLOORS: 2.0, COMPILE: 3.0, CALL: 10.0, MEMORY: 0.01}
     return {
         "guidance": [
             *_targets("guided_step", "cfg,rescale", "wan720_b32", {SHARE: 0.70, COMPILE: 1.15, EAGER: 8.0}),
