@@ -95,6 +95,13 @@ def _wan() -> DiffusionPipeline:
     )
 
 
+def _wan22() -> DiffusionPipeline:
+    transformers = {"transformer": wan_transformer(), "transformer_2": wan_transformer()}
+    return diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=_wan_vae(), scheduler=_unipc(), boundary_ratio=0.8, **transformers
+    )
+
+
 def _wan_i2v() -> DiffusionPipeline:
     transformer = wan_transformer(in_channels=36, out_channels=16)
     return diffusers.WanImageToVideoPipeline(
@@ -339,6 +346,7 @@ _VIDEO = {"height": 32, "width": 32, "num_frames": 9}
 
 CASES = [
     Case("wan", _wan, _TEXTS, {**_VIDEO, "guidance_scale": 5.0}),
+    Case("wan-2.2", _wan22, _TEXTS, {**_VIDEO, "guidance_scale": 4.0, "guidance_scale_2": 3.0}),
     Case("wan-i2v", _wan_i2v, _TEXTS, {**_VIDEO, "guidance_scale": 5.0, "image": _picture()}),
     Case("ltx", lambda: diffusers.LTXPipeline(**_ltx_parts()), {**_TEXTS, **_MASKS}, {**_VIDEO, "guidance_scale": 3.0}),
     Case(

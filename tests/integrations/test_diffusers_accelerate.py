@@ -72,6 +72,14 @@ def test_parts_by_choice() -> None:
     assert not pipe.guider.defers
 
 
+def test_graphs_of_the_autoencoder_by_choice() -> None:
+    pipe = WAN.pipe()
+    with accelerate(pipe, cuda_graphs=True) as handle:
+        assert "CUDA graphs" in str(handle.report())
+        pipe.vae.decode(torch.zeros(1, 16, 2, 4, 4))
+    assert "CUDA graphs" not in str(accelerate(pipe).report())
+
+
 def test_a_second_time_leaves_what_is_replaced_already() -> None:
     pipe = WAN.pipe()
     first = accelerate(pipe)
@@ -97,6 +105,20 @@ def test_a_scheduler_exchanged_since_is_accelerated_the_next_time() -> None:
     assert type(pipe.scheduler) is schedulers.FlowMatchEulerDiscreteScheduler
     second.disable()
     assert pipe.scheduler is own and type(pipe.vae) is diffusers.AutoencoderKLWan
+
+
+def test_parts_exchanged_since_are_their_own_again() -> None:
+    """The autoencoder and the transformer that were there get back what they were, wherever they are by now."""
+    pipe, other = WAN.pipe(), WAN.pipe()
+    vae, transformer = pipe.vae, pipe.transformer
+    handle = accelerate(pipe)
+    pipe.vae, pipe.transformer = other.vae, other.transformer
+    assert [row.part for row in handle.report().replaced] == ["scheduler"]
+    handle.disable()
+    assert type(vae) is diffusers.AutoencoderKLWan and pipe.vae is other.vae
+    assert accelerate(WAN.pipe(), schedulers=False).report().replaced  # nothing is left over
+    pipe.transformer = transformer
+    assert len(accelerate(pipe).report().replaced) == 3
 
 
 def test_the_hook_goes_with_its_handle() -> None:
@@ -200,6 +222,11 @@ def test_wan_takes_one_operation_a_step() -> None:
     handle = accelerate(WAN.pipe())
     found = handle.report(measure=True, shape=(1, 16, 3, 8, 8), dtype=torch.bfloat16, steps=10).measured
     assert found.now.launches == 1 and found.before.launches > 50
+
+
+def test_measured_with_a_guider() -> None:
+    found = accelerate(_modular()).report(measure=True, shape=(1, 16, 3, 8, 8), steps=10).measured
+    assert found.now.launches == 1
 
 
 def test_measuring_needs_a_scheduler() -> None:

@@ -9,7 +9,13 @@ pytest.importorskip("diffusers")
 import diffusers
 import diffusers.guiders as parents
 from diffusers.modular_pipelines import Wan22Blocks, WanBlocks
-from diffusers.modular_pipelines.wan.denoise import Wan22DenoiseStep, WanDenoiseStep
+from diffusers.modular_pipelines.wan.denoise import (
+    Wan22DenoiseStep,
+    Wan22Image2VideoDenoiseStep,
+    Wan22VaceDenoiseStep,
+    WanDenoiseStep,
+    WanImage2VideoDenoiseStep,
+)
 
 import latentfast
 from latentfast.integrations.diffusers import accelerate, guiders
@@ -19,6 +25,9 @@ from tests.integrations.pipelines import STEPS, TOKENS, WIDTH, wan_transformer
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 every_device = pytest.mark.parametrize("device", DEVICES)
+LOOPS = [
+    WanDenoiseStep, WanImage2VideoDenoiseStep, Wan22DenoiseStep, Wan22Image2VideoDenoiseStep, Wan22VaceDenoiseStep,
+]  # fmt: skip
 SHAPE = (1, 16, 3, 4, 4)
 SCHEDULERS = {
     "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -188,7 +197,7 @@ def test_one_launch_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["guided_step"] * STEPS
 
 
-@pytest.mark.parametrize("cls", [WanDenoiseStep, Wan22DenoiseStep])
+@pytest.mark.parametrize("cls", LOOPS)
 def test_fuse_copies(cls: type) -> None:
     step = cls()
     fused = fuse(step)

@@ -12,9 +12,10 @@ import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
 
-from latentfast.integrations.diffusers import guidance as deferred
+from latentfast.integrations.diffusers import guidance as own_guidance
 from latentfast.integrations.diffusers import guiders as own_guiders
-from latentfast.integrations.diffusers import pipelines, schedulers, vaes
+from latentfast.integrations.diffusers import pipelines, vaes
+from latentfast.integrations.diffusers import schedulers as own_schedulers
 from latentfast.integrations.diffusers._measure import costs
 from latentfast.integrations.diffusers._report import Measured, Report, Row
 
@@ -31,7 +32,7 @@ _waiting: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictiona
 
 @dataclass(frozen=True)
 class _Change:
-    """A part that was replaced: how to tell whether it still is, and how to take it back."""
+    """A part that was replaced: whether it still is, and how to take it back, which does nothing where it is not."""
 
     row: Row
     holds: Callable[[], bool]
@@ -54,6 +55,7 @@ class Handle:
         self._changes: list[_Change] = []
         self._left: list[Row] = []
         self._active = True
+        self._waits = False  # whether guidance waits for the scheduler
         self._mark = object()  # in place of the handle itself, which would keep the pipeline alive
 
     def report(
@@ -90,8 +92,7 @@ class Handle:
             return
         self._active = False
         for change in reversed(self._changes):
-            if change.holds():
-                change.undo()
+            change.undo()
 
     def __enter__(self) -> "Handle":
         return self
@@ -110,7 +111,7 @@ class Handle:
         found = next((change for change in self._changes if change.row.part == "scheduler"), None)
         if found is None:
             raise ValueError("measure needs a scheduler that was replaced, and none was")
-        now = schedulers.accelerated(found.before)
+        now = own_schedulers.accelerated(found.before)
         x0 = getattr(self._pipe.scheduler, "x0", None)
         if shape is None:
             if x0 is None:
@@ -121,8 +122,7 @@ class Handle:
             dtype = next((getattr(model, "dtype", None) for model in models), None) or torch.float32
         device = self._pipe.device if x0 is None else x0.device
         latents = torch.randn(tuple(shape), device=device, dtype=torch.float32 if x0 is None else x0.dtype)
-        waits = any("guidance" in change.row.part for change in self._changes)
-        parts = ((copy.deepcopy(found.before), False), (now, waits))
+        parts = ((copy.deepcopy(found.before), False), (now, self._waits))
         cost_before, cost_now = costs(parts, latents, dtype, steps)
         name = str(dtype).removeprefix("torch.")
         return Measured(tuple(shape), name, str(device), steps, cost_before, cost_now)
@@ -133,20 +133,26 @@ class Handle:
         """Another object under a component's name."""
         pipe, before = self._pipe, getattr(self._pipe, name)
         setattr(pipe, name, after)
+
+        def holds() -> bool:
+            return getattr(pipe, name) is after
+
+        def undo() -> None:
+            if holds():
+                setattr(pipe, name, before)
+
         row = Row(name, type(before).__name__, True, note)
-        self._changes.append(
-            _Change(row, lambda: getattr(pipe, name) is after, lambda: setattr(pipe, name, before), before, left_for)
-        )
+        self._changes.append(_Change(row, holds, undo, before, left_for))
 
     def _leave(self, name: str, part: Any, why: str) -> None:
         self._left.append(Row(name, type(part).__name__, False, why))
 
     def _scheduler(self, name: str, part: Any) -> None:
-        if type(part) in schedulers.ACCELERATED.values():
+        if _is_own(part):
             self._leave(name, part, f"{type(part).__name__} is latentfast's already")
             return
         try:
-            fast = schedulers.accelerated(part)
+            fast = own_schedulers.accelerated(part)
         except ValueError:
             self._leave(name, part, "latentfast.integrations.diffusers.schedulers has none that takes its place")
             return
@@ -158,31 +164,35 @@ class Handle:
             self._leave(name, part, own_guiders.why_not(part))
             return
         ours.defers = defers  # type: ignore[attr-defined]
+        self._waits |= defers
         self._replace(name, ours, "guidance is one launch" + (", or part of the scheduler's" if defers else ""))
 
-    def _vae(self, name: str, part: Any) -> None:
-        found = vaes.accelerate_vae(part)
+    def _vae(self, name: str, part: Any, cuda_graphs: bool) -> None:
+        found = vaes.accelerate_vae(part, cuda_graph=cuda_graphs)
         if isinstance(found, str):
             self._leave(name, part, found)
             return
-        ours = type(part)
+        pipe, ours = self._pipe, type(part)
         row = Row(name, found.parent.__name__, True, found.note.partition(": ")[2])
-        self._changes.append(_Change(row, lambda: type(part) is ours, found.undo))
+        self._changes.append(_Change(row, lambda: getattr(pipe, name) is part and type(part) is ours, found.undo))
 
     def _guidance(self, name: str, model: nn.Module) -> None:
         part = f"{name}.guidance"
         if model in _waiting:
             self._leave(part, model, "its guidance waits for the scheduler already")
             return
-        _waiting[model] = self._mark
-        hook = deferred.defer(model)
+        self._waits = True
+        pipe, mark = self._pipe, self._mark
+        _waiting[model] = mark
+        hook = own_guidance.defer(model)
 
         def undo() -> None:
             hook.remove()
-            del _waiting[model]
+            if _waiting.get(model) is mark:
+                del _waiting[model]
 
         row = Row(part, type(model).__name__, True, "classifier-free guidance is part of the scheduler's launch")
-        self._changes.append(_Change(row, lambda: _waiting.get(model) is self._mark, undo))
+        self._changes.append(_Change(row, lambda: getattr(pipe, name) is model and model in _waiting, undo))
 
     def _functions(self) -> None:
         pipe = self._pipe
@@ -190,17 +200,27 @@ class Handle:
             if name in vars(pipe):
                 self._left.append(Row(name, "method", False, "it was replaced already"))
                 continue
-            setattr(pipe, name, function)
-            row = Row(name, "method", True, "one call of latentfast")
-            self._changes.append(
-                _Change(
-                    row,
-                    lambda name=name, function=function: vars(pipe).get(name) is function,  # type: ignore[misc]
-                    lambda name=name: delattr(pipe, name),  # type: ignore[misc]
-                )
-            )
+            self._function(name, function)
         for name, by in pipelines.private_arithmetic(pipe).items():
             self._left.append(Row(name, "method", False, f"private to the pipeline ({by} does that)"))
+
+    def _function(self, name: str, function: Callable) -> None:
+        """A function in the place of a method, on this pipeline alone."""
+        pipe = self._pipe
+        setattr(pipe, name, function)
+
+        def holds() -> bool:
+            return vars(pipe).get(name) is function
+
+        def undo() -> None:
+            if holds():
+                delattr(pipe, name)
+
+        self._changes.append(_Change(Row(name, "method", True, "one call of latentfast"), holds, undo))
+
+
+def _is_own(scheduler: Any) -> bool:
+    return type(scheduler) in own_schedulers.ACCELERATED.values()
 
 
 def accelerate(
@@ -211,6 +231,7 @@ def accelerate(
     guiders: bool = True,
     guidance: bool = True,
     functions: bool = True,
+    cuda_graphs: bool = False,
 ) -> Handle:
     """Puts latentfast's parts in the place of a pipeline's own: the same pictures, with fewer launches.
 
@@ -225,9 +246,12 @@ def accelerate(
         guiders: The guiders of a modular pipeline: one launch each (`…guiders`).
         guidance: Classifier-free guidance that a pipeline writes out, or a guider makes, becomes part of the
             scheduler's launch: predictions reach the pipeline as tensors that wait to be summed (`…guidance`), by a
-            forward hook on the model. Everything but the step sees what plain torch would have computed. Only beside
-            a scheduler of latentfast's.
+            forward hook on the model. Everything but the step sees what plain torch would have computed; a function
+            of your own that is compiled with `fullgraph=True` does not take them, though. Only beside a scheduler of
+            latentfast's.
         functions: Public methods of the pipeline on latents, such as LTX's `adain_filter_latent` (`…pipelines`).
+        cuda_graphs: Whether an autoencoder that decodes by groups of frames replays them as CUDA graphs, which keep
+            their memory (`…vaes.accelerate_vae`).
 
     Returns:
         A handle: `report()` tells what was replaced and what was left, `disable()` takes it back, and so does leaving
@@ -258,7 +282,7 @@ def accelerate(
         for name, part in parts.items():
             if isinstance(part, diffusers.SchedulerMixin):
                 handle._scheduler(name, part)
-    fast = any(hasattr(getattr(pipe, name), "why_not_fast") for name in parts)
+    fast = any(_is_own(getattr(pipe, name)) for name in parts)
     if guiders:
         for name, part in parts.items():
             if isinstance(part, BaseGuidance):
@@ -270,7 +294,7 @@ def accelerate(
     if vae:
         for name, part in parts.items():
             if isinstance(part, nn.Module) and name.split("_")[0] == "vae":
-                handle._vae(name, part)
+                handle._vae(name, part, cuda_graphs)
     if functions:
         handle._functions()
     if not handle._changes:

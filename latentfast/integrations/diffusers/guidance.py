@@ -42,6 +42,11 @@ class _Waiting(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Sequence[type], args: Sequence = (), kwargs: Any = None) -> Any:
+        rule = _RULES.get(func)
+        if rule is not None and not torch.is_grad_enabled() and _fits(rule, args, kwargs):
+            waiting = rule(*args, **kwargs) if kwargs else rule(*args)
+            if waiting is not NotImplemented:
+                return waiting
         return _apply(func, args, kwargs or {})
 
     @classmethod
@@ -102,18 +107,28 @@ class Combination(_Waiting):
     _value: Tensor
 
     @staticmethod
-    def __new__(
-        cls, kind: _Kind, terms: Terms, memories: tuple[_Memory, ...], compute: Callable[[], Tensor]
-    ) -> "Combination":
-        made = _wrapper(cls, kind[0], dtype=kind[1], device=kind[2])
+    def of(kind: _Kind, terms: Terms, memories: tuple[_Memory, ...], compute: Callable[[], Tensor]) -> "Combination":
+        """The combination of these terms, which `compute` computes as plain torch does."""
+        made = _wrapper(Combination, kind[0], dtype=kind[1], device=kind[2])
         made.kind, made.terms, made.memories, made._compute = kind, terms, memories, compute
         reference = weakref.ref(made)
         for memory in memories:
             memory.waiting.append(reference)
         return made
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    # As the tensor's own would answer, without the way through `__torch_function__`: a step asks for them.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.kind[0]
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.kind[1]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.kind[2]
 
     def linear_terms(self) -> Terms:
         """The tensors and coefficients that it is the sum of; once it has been computed, itself.
@@ -145,23 +160,16 @@ class Guided(_Waiting):
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, cond: Tensor, uncond: Tensor, options: dict[str, Any]) -> "Guided":
-        made = _wrapper(cls, cond.shape, dtype=cond.dtype, device=cond.device)
-        made.cond, made.uncond, made.options, made._value = cond, uncond, options, None
-        return made
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    @staticmethod
     def of(cond: Tensor, uncond: Tensor, options: dict[str, Any]) -> "Guided | Combination":
         """As a `Combination` where it is one, which any scheduler of ours takes, and else as a `Guided`."""
         if options["mode"] != "cfg" or options["rescale"] > 0:
-            return Guided(cond, uncond, options)
+            made = _wrapper(Guided, cond.shape, dtype=cond.dtype, device=cond.device)
+            made.cond, made.uncond, made.options, made._value = cond, uncond, options, None
+            return made
         by = options["scale"] + (1.0 if options["original"] else 0.0)
         kind, terms = (cond.shape, cond.dtype, cond.device), [(uncond, 1.0 - by), (cond, by)]
         memories = _Memory(uncond), _Memory(cond)
-        return Combination(kind, terms, memories, lambda: latentfast.guide(cond, uncond, **options))
+        return Combination.of(kind, terms, memories, lambda: latentfast.guide(cond, uncond, **options))
 
     def plain(self) -> Tensor:
         """The guided prediction; kept, as computing it may update a momentum."""
@@ -233,8 +241,10 @@ def _combined(x: Any, y: Any, by: float, func: Callable) -> Any:
             terms.append((tensor, by * coefficient))
     if len(terms) > _MOST_TERMS:
         return NotImplemented
-    memories = (*x.memories, *(memory for memory in y.memories if memory not in x.memories))
-    return Combination(x.kind, terms, memories, lambda: func(x.plain(), y.plain()))
+    memories = x.memories
+    if y.memories is not memories:
+        memories = (*memories, *[memory for memory in y.memories if memory not in memories])
+    return Combination.of(x.kind, terms, memories, lambda: func(x.plain(), y.plain()))
 
 
 def _add(x: Any, y: Any) -> Any:
@@ -249,14 +259,14 @@ def _mul(x: Any, y: Any) -> Any:
     if not _waits(x) or type(y) is bool or not isinstance(y, int | float) or not math.isfinite(y):
         return NotImplemented
     terms = [(tensor, coefficient * y) for tensor, coefficient in x.terms]
-    return Combination(x.kind, terms, x.memories, lambda: torch.mul(x.plain(), y))
+    return Combination.of(x.kind, terms, x.memories, lambda: torch.mul(x.plain(), y))
 
 
 def _neg(x: Any) -> Any:
     if not _waits(x):
         return NotImplemented
     terms = [(tensor, -coefficient) for tensor, coefficient in x.terms]
-    return Combination(x.kind, terms, x.memories, lambda: torch.neg(x.plain()))
+    return Combination.of(x.kind, terms, x.memories, lambda: torch.neg(x.plain()))
 
 
 def _to(x: Any, dtype: Any = None) -> Any:
@@ -267,7 +277,7 @@ def _to(x: Any, dtype: Any = None) -> Any:
         return x
     if dtype != torch.float32 or own not in (torch.bfloat16, torch.float16):  # exact for every such number
         return NotImplemented
-    return Combination((shape, dtype, device), x.terms, x.memories, lambda: x.plain().to(dtype))
+    return Combination.of((shape, dtype, device), x.terms, x.memories, lambda: x.plain().to(dtype))
 
 
 def _float(x: Any) -> Any:
@@ -282,10 +292,10 @@ def _chunk(x: Any, chunks: Any = None, dim: Any = 0) -> Any:
 
 
 _RULES: dict[Callable, Callable] = {
-    **dict.fromkeys((Tensor.add, torch.add), _add),
-    **dict.fromkeys((Tensor.sub, torch.sub), _sub),
-    **dict.fromkeys((Tensor.mul, torch.mul), _mul),
-    **dict.fromkeys((Tensor.neg, torch.neg), _neg),
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__, torch.add), _add),
+    **dict.fromkeys((Tensor.sub, Tensor.__sub__, torch.sub), _sub),
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul), _mul),
+    **dict.fromkeys((Tensor.neg, Tensor.__neg__, torch.neg), _neg),
     **dict.fromkeys((Tensor.chunk, torch.chunk), _chunk),
     Tensor.to: _to,
     Tensor.float: _float,
@@ -298,11 +308,7 @@ _METADATA = {
 
 
 def _apply(func: Callable, args: Sequence, kwargs: dict[str, Any]) -> Any:
-    rule = _RULES.get(func)
-    if rule is not None and not torch.is_grad_enabled() and _fits(rule, args, kwargs):
-        waiting = rule(*args, **kwargs)
-        if waiting is not NotImplemented:
-            return waiting
+    """What does not wait."""
     if func in _METADATA:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -322,7 +328,7 @@ def _apply(func: Callable, args: Sequence, kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _fits(rule: Callable, args: Sequence, kwargs: dict[str, Any]) -> bool:
+def _fits(rule: Callable, args: Sequence, kwargs: dict[str, Any] | None) -> bool:
     """Whether a rule has these keywords and as many arguments."""
     code = rule.__code__
     return len(args) <= code.co_argcount and (not kwargs or kwargs.keys() <= set(code.co_varnames[: code.co_argcount]))
