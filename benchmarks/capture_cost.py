@@ -178,7 +178,7 @@ def _measure(device: torch.device, quick: bool) -> Cost:
 
 def table(cost: Cost) -> Table:
     """One line for each way."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
+    found = Table(box=None, pad_edge=False, header_style="bold", title=cost.title(), title_justify="left")
     for i, header in enumerate(("capture", "ms a forward", "time added", "MiB added", "maps differ by", "same result")):
         found.add_column(header, justify="left" if i == 0 else "right")
     for way in cost.ways:

@@ -77,6 +77,12 @@ class Decodes:
     parts: list[Part]
     quick: bool
 
+    @property
+    def wrong(self) -> str:
+        """What is, in a few words; nothing if all is right."""
+        same = all(way.same_bits for part in self.parts for way in part.ways)
+        return "" if same else "not the bits of diffusers"
+
     def to_json(self) -> str:
         """One line, with the factors."""
         data = asdict(self)

@@ -223,3 +223,16 @@ def test_sampling_loop(tmp_path: Path, capsys) -> None:
     for before, now in zip(written["loops"][::2], written["loops"][1::2], strict=True):
         assert now["launches"] <= 4 < 50 < before["launches"]
         assert now["outside_us"] == pytest.approx(now["step_us"][1] - 2 * now["forward_us"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+def test_scheduler_steps(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    status, out, _ = run(capsys, "scheduler-steps", "--device", "cpu", "--quick", "--out", tmp_path / "steps.json")
+    assert status == 0 and "UniPC, order 2" in out
+    written = json.loads((tmp_path / "steps.json").read_text())
+    ours = [step for step in written["steps"] if step["ours"]]
+    drawing = {"DPM-Solver++ 2M SDE": 1, "Euler, ancestral": 1, "DPM-Solver++ of CogVideoX": 2, "LCM": 1}
+    assert len(ours) == len(written["steps"]) / 2 > 10
+    for step in ours:
+        assert 1 <= step["launches"] <= 1 + drawing.get(step["scheduler"], 0), step

@@ -12,9 +12,15 @@ static_assert(kMostCombined == kTerms, "the loops have a form for each count");
 // n elements of a tensor of any floating dtype in the working precision C.
 template <typename C>
 const C* read_row(const View& x, int64_t at, int n, Row<C>& buffer) {
-  const C* row = nullptr;
-  dispatch_floating(x.scalar_type(), "combine",
-                    [&]<typename T>() { row = widen_to<C>(data<T>(x) + at, n, buffer); });
+  const C* row = buffer.values;
+  dispatch_floating(x.scalar_type(), "combine", [&]<typename T>() {
+    if constexpr (std::is_same_v<Working<T>, C>) {
+      row = widen(data<T>(x) + at, n, buffer);
+    } else if constexpr (std::is_same_v<C, double>) {
+      Row<T> single;
+      loops().to_double(widen(data<T>(x) + at, n, single), n, buffer.values);
+    }  // and a sum in float32 has no float64 terms
+  });
   return row;
 }
 
@@ -26,8 +32,8 @@ void write_row(const C* row, int n, const View& out, int64_t at) {
     if constexpr (std::is_same_v<Working<T>, C>) {
       to.finish(row, n, at);
     } else {
-      Row<T> single;  // float32 and the halves beside float64
-      for (int i = 0; i < n; ++i) single.values[i] = static_cast<Working<T>>(row[i]);
+      Row<T> single;
+      if constexpr (std::is_same_v<C, double>) loops().to_single(row, n, single.values);
       to.finish(single.values, n, at);
     }
   });

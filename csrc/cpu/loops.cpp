@@ -299,6 +299,14 @@ void round_bfloat16(const float* __restrict x, int n, uint16_t* __restrict out) 
   }
 }
 
+void to_double(const float* __restrict x, int n, double* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = x[i];
+}
+
+void to_single(const double* __restrict x, int n, float* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = static_cast<float>(x[i]);
+}
+
 void select(const uint16_t* __restrict base, const uint16_t* __restrict edited, const float* __restrict mask,
             int n, uint16_t* __restrict out) {
   for (int i = 0; i < n; ++i) {
@@ -392,6 +400,8 @@ const Loops LATENTFAST_JOIN(kLoops_, LATENTFAST_ISA) = {
     widen_bfloat16,
     round_half,
     round_bfloat16,
+    to_double,
+    to_single,
     select,
     stream,
     angles,

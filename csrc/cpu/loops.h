@@ -146,6 +146,8 @@ struct Loops {
   void (*widen_bfloat16)(const uint16_t* x, int n, float* out);
   void (*round_half)(const float* x, int n, uint16_t* out);
   void (*round_bfloat16)(const float* x, int n, uint16_t* out);
+  void (*to_double)(const float* x, int n, double* out);
+  void (*to_single)(const double* x, int n, float* out);
   // Where mask is 0 the bits of base, where it is 1 those of edited: a half that was widened and rounded
   // again may have lost those of a NaN. `out` holds the blend elsewhere.
   void (*select)(const uint16_t* base, const uint16_t* edited, const float* mask, int n, uint16_t* out);

@@ -25,9 +25,9 @@ def guide(
 
 
 def combine(tensors, coefficients, precise, *outs) -> None:
-    outs = [out for out in outs if out is not None]
+    present = [out for out in outs if out is not None]
     n = len(tensors)
-    rows = [coefficients[k * n : (k + 1) * n] for k in range(len(outs))]
-    results = reference.guidance.combine(tensors, rows, [x.dtype for x in outs], bool(precise))
-    for out, result in zip(outs, results, strict=True):
+    rows = [coefficients[k * n : (k + 1) * n] for k in range(len(present))]
+    results = reference.guidance.combine(tensors, rows, [x.dtype for x in present], bool(precise))
+    for out, result in zip(present, results, strict=True):
         out.copy_(result)

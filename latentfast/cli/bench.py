@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from latentfast.cli import measurements
 from latentfast.cli.errors import UserError
+from latentfast.cli.machine import Device, Quick, console, device_of
 from latentfast.cli.options import grouped
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["app"]
 
@@ -20,11 +19,9 @@ app = typer.Typer(
     name="bench",
     help="Measure the operations against eager PyTorch, torch.compile, the peers and the machine's limits.",
 )
+app.add_typer(measurements.app)
 
-DEVICES, DTYPES = ("auto", "cpu", "cuda"), ("auto", "float32", "bfloat16", "float16", "float64")
-
-Device = Annotated[str, typer.Option(metavar="[auto|cpu|cuda]", help="auto: the GPU if there is one.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, few rounds: checks that everything runs.")]
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def list_cases(choice: Choice) -> None:
         operation = case.operation
         peer = operation.peer.note if operation.peer else "–"
         table.add_row(operation.stem, case.id, "x".join(map(str, case.shape)), peer)
-    _console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -91,13 +88,13 @@ def run(
     from latentfast.benchmarks.run import run as measure_all
 
     selection = _selection(choice)
-    console = _console()
+    screen = console()
     for name in selection.without_size():
-        console.print(f"! {name} has no size for {', '.join(selection.models)}")
+        screen.print(f"! {name} has no size for {', '.join(selection.models)}")
     status = measure_all(
         selection,
         out,
-        console,
+        screen,
         compile=compile,
         jobs=compile_jobs or default_jobs(),
         threads=threads,
@@ -123,10 +120,10 @@ def compare(
         found = compare_rows(a, b, slower_than)
     except ValueError as error:
         raise UserError(f"{before} and {after}: {error}") from None
-    console = _console()
-    console.print(table(found))
+    screen = console()
+    screen.print(table(found))
     for line in found.remarks:
-        console.print(line, soft_wrap=True)
+        screen.print(line, soft_wrap=True)
     raise typer.Exit(1 if found.worse else 0)
 
 
@@ -150,7 +147,7 @@ def plot(
         for path, data in zip(scratch, pictures.values(), strict=True):
             path.write_bytes(data)
     for target in targets:
-        _console().print(str(target), soft_wrap=True)
+        console().print(str(target), soft_wrap=True)
 
 
 @app.command()
@@ -167,7 +164,7 @@ def table(
 
     rows = _committed(results)
     if page is None:
-        _console().print(terminal(rows))
+        console().print(terminal(rows))
         return
     try:
         old = page.read_text(encoding="utf-8")
@@ -177,168 +174,8 @@ def table(
     if not check:
         page.write_text(new, encoding="utf-8")
     elif new != old:
-        _console().print(f"{page}: the tables are not those of the rows", soft_wrap=True)
+        console().print(f"{page}: the tables are not those of the rows", soft_wrap=True)
         raise typer.Exit(1)
-
-
-@app.command("share-of-step")
-def share_of_step(
-    device: Device = "auto",
-    quick: Quick = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
-    ] = None,
-) -> None:
-    """Measure what share of a real sampling step the arithmetic between the model's calls is."""
-    from latentfast.benchmarks.share_of_step import measure
-    from latentfast.benchmarks.share_of_step import table as share_table
-
-    found = measure(_device(device), quick=quick)
-    _console().print(share_table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-
-
-@app.command("sampling-loop")
-def sampling_loop(
-    device: Device = "auto",
-    quick: Quick = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
-    ] = None,
-) -> None:
-    """Measure what a Wan sampling loop costs outside of the transformer: plain diffusers, and accelerated."""
-    from latentfast.benchmarks.sampling_loop import measure
-    from latentfast.benchmarks.sampling_loop import table as loop_table
-
-    found = measure(_device(device), quick=quick)
-    _console().print(loop_table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-
-
-@app.command("vae-decode")
-def vae_decode(
-    device: Device = "auto",
-    quick: Quick = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
-    ] = None,
-) -> None:
-    """Measure Wan's VAE in tiles against diffusers: the seams alone, and a decode with and without CUDA graphs."""
-    from latentfast.benchmarks.vae_decode import measure
-    from latentfast.benchmarks.vae_decode import table as vae_table
-
-    found = measure(_device(device), quick=quick)
-    _console().print(vae_table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-    if not all(way.same_bits for part in found.parts for way in part.ways):
-        _console().print("wrong result: not the bits of diffusers")
-        raise typer.Exit(1)
-
-
-@app.command("capture-cost")
-def capture_cost(
-    device: Device = "auto",
-    quick: Quick = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
-    ] = None,
-) -> None:
-    """Measure what attention capture adds to a forward of a full-size model."""
-    from latentfast.benchmarks.capture_cost import measure
-    from latentfast.benchmarks.capture_cost import table as cost_table
-
-    found = measure(_device(device), quick=quick)
-    _console().print(found.title())
-    _console().print(cost_table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-
-
-@app.command("localized-edit")
-def localized_edit(
-    device: Device = "auto",
-    prompts: Annotated[int, typer.Option(min=1, help="Edits of each kind.")] = 128,
-    kind: Annotated[
-        list[str] | None, typer.Option("--kind", metavar="[colour|shape|background]", help="Only these (repeatable).")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Scenes that are denoised together.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; default: the model's.")] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Share of the steps in which the edit acts; default: by kind.")
-    ] = None,
-    dilate: Annotated[int, typer.Option(min=0, help="Cells that are added around the mask.")] = 1,
-    look: Annotated[bool, typer.Option("--look/--grow", help="A run of the source first, or masks that grow.")] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of scenes and noise.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the measurement there, as one line of JSON.")
-    ] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Gets a picture of some edits of each kind.")
-    ] = None,
-) -> None:
-    """Measure on the embedded model, by its judge, whether edits stay where the attention looks."""
-    from latentfast.benchmarks.localized_edit import TASKS, measure
-    from latentfast.benchmarks.localized_edit import table as edits_table
-
-    for name in kind or ():
-        if name not in TASKS:
-            raise UserError(f"--kind: expected one of {', '.join(TASKS)}, got '{name}'")
-    console = _console()
-    found = measure(
-        _device(device),
-        prompts,
-        kinds=tuple(kind or TASKS),
-        batch=batch,
-        seed=seed,
-        say=console.print,
-        options={"dilate": dilate, "look": look} | ({} if strength is None else {"strength": strength}),
-        call={} if steps is None else {"num_inference_steps": steps},
-    )
-    console.print(edits_table(found))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(found.to_json() + "\n", encoding="utf-8")
-    if pictures is not None:
-        _save_pictures(pictures, {result.kind: result.pictures for result in found.results})
-
-
-def _save_pictures(folder: Path, rows: dict[str, list]) -> None:
-    """Each kind's rows, one below the other, as localized-edit-KIND.png."""
-    import torch
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, strips in rows.items():
-        if strips:
-            Image.fromarray(torch.cat(strips).numpy()).save(folder / f"localized-edit-{name}.png", optimize=True)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:  # a log: nothing is gained by folding it
-        console.width = 240
-    return console
-
-
-def _device(name: str, measured: bool = True) -> str:
-    import torch
-
-    if name not in DEVICES:
-        raise UserError(f"--device: expected {', '.join(DEVICES)}, got '{name}'")
-    if name == "cuda" and measured and not torch.cuda.is_available():
-        raise UserError("--device: torch sees no CUDA device")
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 def _selection(choice: Choice, measured: bool = True) -> Any:
@@ -355,7 +192,7 @@ def _selection(choice: Choice, measured: bool = True) -> Any:
             if value not in known:
                 raise UserError(f"{option}: expected one of {', '.join(known)}, got '{value}'")
     dtype = "" if choice.dtype == "auto" else choice.dtype
-    where = _device(choice.device, measured)
+    where = device_of(choice.device, measured)
     selection = Selection(where, stems, choice.only, models, choice.batch, dtype, choice.quick)
     if not selection.cases():
         raise UserError(f"no case is left: --only '{choice.only}' is in no name (see `latentfast bench list`)")

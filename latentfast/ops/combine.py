@@ -36,12 +36,15 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        grads = [grad.contiguous() for grad in grads]
+        upstream = [grad.contiguous() for grad in grads]
         results: list[Tensor | None] = []
         for i, wanted in enumerate(ctx.needs_input_grad[3:]):
-            results.append(torch.empty_like(grads[0], dtype=ctx.dtypes[i]) if wanted else None)
-            if wanted:
-                _launch(grads, [row[i] for row in ctx.rows], ctx.precise, [results[-1]])
+            if not wanted:
+                results.append(None)
+                continue
+            result = torch.empty_like(upstream[0], dtype=ctx.dtypes[i])
+            _launch(upstream, [row[i] for row in ctx.rows], ctx.precise, [result])
+            results.append(result)
         return None, None, None, *results
 
 
@@ -64,7 +67,9 @@ def _rows(coefficients: object, count: int) -> tuple[list[list[float]], bool]:
 
 def _dtypes(dtypes: object, rows: int, first: Tensor) -> list[torch.dtype]:
     """The results' dtypes."""
-    given = [first.dtype] * rows if dtypes is None else list(dtypes) if isinstance(dtypes, list | tuple) else [dtypes]
+    given: list = [first.dtype] * rows if dtypes is None else [dtypes]
+    if isinstance(dtypes, list | tuple):
+        given = list(dtypes)
     if len(given) != rows:
         raise ValueError(f"dtypes must be {rows} dtypes, one for each result, got {len(given)}")
     for k, dtype in enumerate(given):
@@ -156,7 +161,7 @@ def _outputs(out: object, count: int, several: bool, inputs: list[Tensor]) -> li
     """The caller's output buffers, if they can be written into."""
     if several and (not isinstance(out, list | tuple) or len(out) != count):
         raise TypeError(f"out must be {count} tensors, one for each row of coefficients")
-    outs = list(out) if several else [out]  # type: ignore[call-overload]
+    outs: list = list(out) if several else [out]  # type: ignore[call-overload]
     for k, x in enumerate(outs):
         like = inputs[0]
         if isinstance(x, Tensor) and x.dtype in _checks.DTYPES and x.dtype != like.dtype:

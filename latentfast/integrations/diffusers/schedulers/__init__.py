@@ -12,6 +12,8 @@ whether to make it where the solver itself does not need it; and `why_not_fast()
 diffusers, '' if they are not.
 """
 
+from typing import Any
+
 from latentfast.integrations.diffusers.schedulers.cogvideox import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from latentfast.integrations.diffusers.schedulers.flow_match import (
     FlowMatchEulerDiscreteScheduler,
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 #: By diffusers' name: the schedulers of this module.
-ACCELERATED: dict[str, type] = {
+ACCELERATED: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler, DEISMultistepScheduler,

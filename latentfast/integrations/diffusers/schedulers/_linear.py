@@ -5,12 +5,18 @@ solver. Only the arithmetic on latents is replaced. The coefficients of a step f
 many steps came before; `_probe` reads them off diffusers' own step, on the host, when a step of that kind is first met.
 They are kept for the schedule, so sampling again with the same number of steps only looks them up.
 
+The prediction may be a sum that has not been computed, such as of a guidance: an object with a tensor's `shape` and
+`dtype`, and a method `linear_terms()` that returns the tensors and their coefficients, `[(cond, w), (uncond, 1 − w)]`.
+They go into the step's launch in its place.
+
 Nothing waits for the device: the values of the timesteps are kept on the host, and a timestep that is a view of
 `timesteps`, as pipelines pass them, is found by its place in memory.
 """
 
+import copyreg
 import functools
 import inspect
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -21,7 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import latentfast
-from latentfast.integrations.diffusers.schedulers._probe import NotLinear, Place, Plan, plan
+from latentfast.integrations.diffusers.schedulers._probe import PREDICTION, NotLinear, Place, Plan, plan
 from latentfast.ops._checks import DTYPES
 from latentfast.ops.combine import MOST_RESULTS, MOST_TENSORS
 
@@ -29,9 +35,6 @@ from latentfast.ops.combine import MOST_RESULTS, MOST_TENSORS
 _SCHEDULES = 8
 #: Steps whose coefficients are kept for one schedule; more are met only if options change with every step.
 _PLANS = 4096
-
-#: The tensors that steps follow from.
-_SCHEDULE = ("timesteps", "sigmas", "alphas_cumprod")
 
 #: What is known of a schedule: the plans of steps by their circumstances, or why there is none; places of timesteps.
 _Plans = dict[Hashable, Any]
@@ -48,7 +51,12 @@ class _Host:
 
     def is_of(self, attributes: dict[str, Any]) -> bool:
         """Whether a scheduler still has the tensors that its steps follow from."""
-        return all(attributes.get(name) is self.own.get(name) for name in _SCHEDULE)
+        own = self.own
+        return (
+            attributes.get("timesteps") is own.get("timesteps")
+            and attributes.get("sigmas") is own.get("sigmas")
+            and attributes.get("alphas_cumprod") is own.get("alphas_cumprod")
+        )
 
 
 class LinearStep:
@@ -60,6 +68,8 @@ class LinearStep:
     _settings: ClassVar[tuple[str, ...]] = ()
     #: Arguments of `step` that are timesteps, where the coefficients depend on their values.
     _times: ClassVar[tuple[str, ...]] = ()
+    #: Attributes that diffusers leaves behind from an earlier sampling, without a meaning for the next.
+    _stale: ClassVar[tuple[str, ...]] = ()
     #: The attribute that lists the timesteps of the last steps.
     _past_times: ClassVar[str | None] = None
     #: Attributes that `set_timesteps` puts on the device.
@@ -69,38 +79,41 @@ class LinearStep:
         "thresholding": "dynamic thresholding needs a quantile of every sample",
         "clip_sample": "clip_sample limits every element",
     }
-    _parent: ClassVar[type]
+    #: Whether sums are made in float64: the coefficients of higher orders cancel.
+    _precise: ClassVar[bool] = True
+    _parent: ClassVar[Any]
     _parameters: ClassVar[tuple[str, ...]]
+    _returns_dict: ClassVar[bool]
 
     #: Whether `x0` is made even where that is a further output of a step's launch.
     keep_x0: bool = True
-    #: The clip that the last step's prediction leads to; None before the first step, and where it is not known.
+    #: The clip that the last step's prediction leads to; None before the first step, and where it is not known. To be
+    #: read alone: solvers go on with it.
     x0: Tensor | None = None
     _host: _Host | None = None
     _why: str = ""
 
     def __init_subclass__(cls) -> None:
-        parent = cls.__mro__[cls.__mro__.index(LinearStep) + 1]
-        assert parent.__name__ == cls.__name__, "configurations know a scheduler by its class's name"
-        cls._parent = parent
+        if LinearStep not in cls.__bases__:
+            return  # a user's subclass of one of these
+        cls._parent = parent = cls.__mro__[cls.__mro__.index(LinearStep) + 1]
         # a pipeline's model_index.json names the class's module: plain diffusers has to find it
         cls.__module__ = parent.__module__
         for name in ("step", "set_timesteps", "index_for_timestep", "_init_step_index", "add_noise"):
             if hasattr(parent, name):
                 setattr(cls, name, cls._wrapped(name, getattr(cls, f"_fast_{name.lstrip('_')}")))
-        cls._parameters = tuple(inspect.signature(parent.step).parameters)[1:]
+        parameters = inspect.signature(cls._parent.step).parameters
+        cls._parameters, cls._returns_dict = tuple(parameters)[1:], parameters["return_dict"].default
 
     @classmethod
-    def _wrapped(cls, name: str, function: Callable) -> Callable:
+    def _wrapped(cls, name: str, function: types.FunctionType) -> Callable:
         """The function with the signature and the docstring of diffusers' method: pipelines look at them."""
-
-        @functools.wraps(getattr(cls._parent, name))
-        def call(self, *args, **kwargs):
-            return function(self, *args, **kwargs)
-
-        return call
+        own = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__)
+        return functools.update_wrapper(own, getattr(cls._parent, name))
 
     def __reduce__(self):
+        if LinearStep not in type(self).__bases__:
+            return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined]
         # by name, as `__module__` is diffusers': pickle would look for the class there
         return _blank, (type(self).__name__,), vars(self)
 
@@ -113,20 +126,22 @@ class LinearStep:
             bound.arguments["device"] = "cpu"  # to know the values; what belongs to the device goes there afterwards
         self._parent.set_timesteps(*bound.args, **bound.kwargs)
         self.x0 = None
-        copies = {name: x.cpu() for name, x in self._tensors().items()}
+        for name in self._stale:
+            vars(self).pop(name, None)
+        copies = self._copies()
         for name in self._on_device:
             setattr(self, name, copies[name].to(device) if device is not None else copies[name])
         self._host = _Host(self._tensors(), copies, self._plans_of(copies))
 
     def _fast_index_for_timestep(self, timestep, schedule_timesteps=None):
         """As diffusers', on the host's copy of the timesteps."""
-        if schedule_timesteps is None or schedule_timesteps is self.timesteps:
+        if schedule_timesteps is None or schedule_timesteps is self.timesteps:  # type: ignore[attr-defined]
             host, value = self._on_host(), self._value(timestep)
             key = ("index_for_timestep", _number(value))
             if key not in host.plans:
                 host.plans[key] = self._parent.index_for_timestep(self, value, host.copies["timesteps"])
             return host.plans[key]
-        return self._parent.index_for_timestep(self, timestep, schedule_timesteps)  # type: ignore[attr-defined]
+        return self._parent.index_for_timestep(self, timestep, schedule_timesteps)
 
     def _fast_init_step_index(self, timestep) -> None:
         begin = self.begin_index  # type: ignore[attr-defined]
@@ -182,17 +197,23 @@ class LinearStep:
         latents = (*self._history, "x0")
         return {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and name not in latents}
 
+    def _copies(self) -> dict[str, Tensor]:
+        """The tensors on the host: what was there before, and for what is new a copy, which waits for the device."""
+        host = self._host
+
+        def copy(name: str, x: Tensor) -> Tensor:
+            before = None if host is None else host.own.get(name)
+            same = before is not None and (x is before or _moved(x, before))
+            return host.copies[name] if same and host is not None else x.cpu()
+
+        return {name: copy(name, x) for name, x in self._tensors().items()}
+
     def _on_host(self) -> _Host:
-        """The host's copies; made anew, with a wait for the device, if someone has replaced a tensor."""
+        """The host's copies; made anew if someone has replaced a tensor."""
         host = self._host
         if host is None or not host.is_of(vars(self)):
-            own, known = self._tensors(), host
-            kept = {
-                name: known.copies[name] for name, x in own.items()
-                if known is not None and (x is known.own.get(name) or _moved(x, known.own.get(name)))
-            }  # fmt: skip
-            copies = {name: kept[name] if name in kept else x.cpu() for name, x in own.items()}
-            host = self._host = _Host(own, copies, self._plans_of(copies))
+            copies = self._copies()
+            host = self._host = _Host(self._tensors(), copies, self._plans_of(copies))
         return host
 
     def _plans_of(self, copies: dict[str, Tensor]) -> _Plans:
@@ -220,8 +241,8 @@ class LinearStep:
     def _plan(self, given: dict[str, Any]) -> Plan:
         """What a step with these arguments does."""
         sample, prediction = given.get("sample"), given.get("model_output")
-        if not isinstance(sample, Tensor) or prediction is None:
-            raise NotLinear("a step takes a sample and a prediction")
+        if not isinstance(sample, Tensor) or prediction is None or "timestep" not in given:
+            raise NotLinear("a step takes a prediction, a timestep and a sample")
         host, own, shape = self._on_host(), vars(self), sample.shape
         if own.get("_step_index", 0) is None:
             self._fast_init_step_index(given["timestep"])
@@ -310,26 +331,17 @@ class LinearStep:
             parts = [x for x, _ in terms]
             inputs, rows = found.expanded(tuple(float(weight) for _, weight in terms))
         own = vars(self)
-
-        def tensor(place: Place) -> Tensor:
-            kind, name, number = place
-            if kind == "history":
-                return own[name] if number is None else own[name][number]
-            if kind == "noise":
-                return noise[number]  # type: ignore[index]
-            return given[name] if number is None else parts[number]  # type: ignore[index]
-
-        made: tuple[Tensor, ...] = ()
-        if rows:
-            made = latentfast.combine([tensor(place) for place in inputs], rows, dtypes=found.dtypes, precise=True)
-
-        def value(place: Place | int | None) -> Tensor | None:
-            return None if place is None else made[place] if isinstance(place, int) else tensor(place)
-
-        results = tuple(value(place) for place in found.results)
-        x0 = value(found.x0)
+        # what the call has, by kind and name: a tensor, or a list of them by their numbers
+        have: dict[str, dict[str, Any]] = {"argument": given, "history": own, "noise": {"": noise}}
+        if parts is not None:
+            have = {**have, "argument": {**given, PREDICTION[1]: parts}}
+        tensors = [have[kind][name] if number is None else have[kind][name][number] for kind, name, number in inputs]
+        made = latentfast.combine(tensors, rows, dtypes=found.dtypes, precise=self._precise) if rows else ()
+        have["made"] = {"": made}
+        results = [_get(have, place) for place in found.results]
+        x0 = _get(have, found.x0)
         state = {
-            name: [value(place) for place in places] if isinstance(places, list) else value(places)
+            name: [_get(have, place) for place in places] if isinstance(places, list) else _get(have, places)
             for name, places in found.state.items()
         }  # all read before any is replaced
         own.update(state)
@@ -337,9 +349,17 @@ class LinearStep:
         if self._past_times is not None:
             own[self._past_times] = [*own[self._past_times][1:], given["timestep"]]
         self.x0, self._why = x0, ""
-        if found.output is None or not given.get("return_dict", _default(type(self))):
-            return results
+        if found.output is None or not given.get("return_dict", self._returns_dict):
+            return tuple(results)
         return found.output(*results)
+
+
+def _get(have: dict[str, dict[str, Any]], place: Place | None) -> Tensor | None:
+    """The tensor at a place."""
+    if place is None:
+        return None
+    kind, name, number = place
+    return have[kind][name] if number is None else have[kind][name][number]
 
 
 def _present(value: Any) -> Hashable:
@@ -353,7 +373,7 @@ def _number(value: Any) -> Hashable:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _kind(timestep: Any) -> Hashable:
+def _kind(timestep: Any) -> Any:
     """What a timestep is: some schedulers refuse whole numbers."""
     return timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
 
@@ -361,11 +381,6 @@ def _kind(timestep: Any) -> Hashable:
 def _moved(x: Tensor, before: Tensor | None) -> bool:
     """Whether diffusers has put a tensor on another device, with the values that it had."""
     return before is not None and x.shape == before.shape and x.dtype == before.dtype and x.device != before.device
-
-
-@functools.cache
-def _default(cls: type) -> bool:
-    return inspect.signature(cls._parent.step).parameters["return_dict"].default  # type: ignore[attr-defined]
 
 
 def _blank(name: str):

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: Where a tensor comes from, or goes to: "argument", "history" (an attribute of the scheduler), "noise" or "result";
-#: its name; and its number, where there are several of that name.
+#: Where a tensor comes from, or goes to: "argument", "history" (an attribute of the scheduler), "noise", "made" (one of
+#: the combinations) or "result"; its name; and its number, where there are several of that name.
 Place = tuple[str, str, int | None]
 PREDICTION: Place = ("argument", "model_output", None)
 _X0: Place = ("result", "x0", None)
@@ -50,13 +50,14 @@ class Plan:
     dtypes: tuple[torch.dtype, ...]
     #: Of the draws of noise, in their order.
     noise: tuple[torch.dtype, ...]
-    #: What the call returns, and into what: each is an input (a place), one of the combinations (its number) or None.
-    results: tuple[Place | int | None, ...]
+    #: What the call returns: each is an input, one of the combinations, or None.
+    results: tuple[Place | None, ...]
+    #: What it returns that in; None: a tuple.
     output: type | None
     #: The tensors among the scheduler's attributes that it changes, and everything else that it changes there.
     state: dict[str, Any]
     changes: dict[str, Any]
-    x0: Place | int | None
+    x0: Place | None
     #: `rows` and `inputs` with the prediction taken apart: see `expanded`.
     _expanded: dict = field(default_factory=dict, repr=False)
 
@@ -148,7 +149,7 @@ def _with_vectors(scheduler, history: dict[str, Any], inputs: dict[Place, Tensor
 
 
 def plan(
-    scheduler, method: str, tensors: dict[str, Tensor | torch.dtype], arguments: dict[str, Any], history: Sequence[str],
+    scheduler, method: str, tensors: dict[str, torch.dtype], arguments: dict[str, Any], history: Sequence[str],
     x0_of=None, want_x0: bool = False, sum_of_terms: bool = False,
 ) -> Plan:  # fmt: skip
     """The linear combinations that a method makes.
@@ -194,7 +195,7 @@ def plan(
     rows: list[tuple[float, ...]] = []
     row_dtypes: list[torch.dtype] = []
 
-    def found(place: Place) -> Place | int | None:
+    def found(place: Place) -> Place | None:
         """A value that the call leaves: an input, or a combination."""
         value = left[place]
         if value is None:
@@ -207,7 +208,7 @@ def plan(
         if not known:
             rows.append(row)
             row_dtypes.append(value.dtype)
-        return known[0] if known else len(rows) - 1
+        return "made", "", known[0] if known else len(rows) - 1
 
     results = tuple(found(place) for place in left if place[0] == "result" and place != _X0)
     state = {}
@@ -216,7 +217,7 @@ def plan(
         state[name] = parts[0][1] if parts and parts[0][0] is None else [part for _, part in parts]
     count = len(rows)
     x0 = found(_X0)
-    if isinstance(x0, int) and x0 >= count and not want_x0:
+    if len(rows) > count and not want_x0:
         x0 = None
         del rows[count:], row_dtypes[count:]
     changes = {

@@ -1,5 +1,7 @@
 """CogVideoX's own forms of DDIM and of DPM-Solver++."""
 
+from typing import ClassVar
+
 import diffusers
 
 from latentfast.integrations.diffusers.schedulers._linear import LinearStep
@@ -9,7 +11,7 @@ class CogVideoXDDIMScheduler(LinearStep, diffusers.CogVideoXDDIMScheduler):
     """diffusers' CogVideoXDDIMScheduler with steps of one launch."""
 
     _times = ("timestep",)
-    _reasons = {}  # it ignores clip_sample
+    _reasons: ClassVar[dict[str, str]] = {}  # it ignores clip_sample
 
 
 class CogVideoXDPMScheduler(LinearStep, diffusers.CogVideoXDPMScheduler):
@@ -19,4 +21,4 @@ class CogVideoXDPMScheduler(LinearStep, diffusers.CogVideoXDPMScheduler):
     """
 
     _times = ("timestep", "timestep_back")
-    _reasons = {}  # it ignores clip_sample
+    _reasons: ClassVar[dict[str, str]] = {}  # it ignores clip_sample

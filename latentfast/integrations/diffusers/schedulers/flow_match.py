@@ -8,9 +8,11 @@ from latentfast.integrations.diffusers.schedulers._linear import LinearStep
 class FlowMatchEulerDiscreteScheduler(LinearStep, diffusers.FlowMatchEulerDiscreteScheduler):
     """diffusers' FlowMatchEulerDiscreteScheduler with steps of one launch.
 
-    Steps with timesteps for each token are left to diffusers.
+    Steps with timesteps for each token are left to diffusers. Without `stochastic_sampling` float32 latents have
+    diffusers' bits on a CPU; on a GPU they are rounded once a step less.
     """
 
+    _precise = False
     _on_device = ("timesteps", "sigmas")
 
     def scale_noise(self, sample, timestep, noise=None):
@@ -27,6 +29,7 @@ class FlowMatchHeunDiscreteScheduler(LinearStep, diffusers.FlowMatchHeunDiscrete
 
     _history = ("prev_derivative", "sample")
     _settings = ("dt",)
+    _stale = ("sample",)
     _on_device = ("timesteps", "sigmas")
 
     @staticmethod

@@ -19,6 +19,7 @@ class UniPCMultistepScheduler(LinearStep, diffusers.UniPCMultistepScheduler):
 
     _history = ("model_outputs", "last_sample")
     _settings = ("lower_order_nums", "this_order", "disable_corrector", "predict_x0")
+    _stale = ("this_order",)
     _past_times = "timestep_list"
     _reasons = LinearStep._reasons | {"solver_p": "solver_p is a scheduler of its own"}
 
