@@ -72,8 +72,12 @@ def _field_step(predict: Call) -> Call:
     return step
 
 
+def _field_sum(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+    return sum(w * x.float() for w, x in zip(weights, tensors, strict=True)).to(tensors[0].dtype)
+
+
 def _field_combine(*tensors: Tensor) -> Tensor:
-    return sum(w * x.float() for w, x in zip(WEIGHTS, tensors, strict=True)).to(tensors[0].dtype)
+    return _field_sum(tensors, WEIGHTS)
 
 
 # --- diffusers' own -----------------------------------------------------------------------------------------------
@@ -190,6 +194,20 @@ COMBINE = Operation(
     peer=Baseline(_peer_combine, "diffusers' schedulers: w0·x0 + w1·x1 + …"),
 )
 
-OPERATIONS = (STEP_CFG, STEP_APG, COMBINE, GUIDE_CFG_ZERO, GUIDE_MAGNITUDE)
+#: As UniPC's step: the corrected sample, x0 and the next sample.
+ROWS = tuple(tuple((k + 1) * w for w in WEIGHTS) for k in range(3))
+COMBINE_ROWS = Operation(
+    stem="guidance",
+    name="combine",
+    variant="N=6 K=3 precise",
+    inputs=COMBINE.inputs,
+    batch_dims=COMBINE.batch_dims,
+    outputs=(0, 0, 0),
+    ours=lambda *tensors: latentfast.combine(tensors, ROWS, precise=True),
+    reference=Baseline(lambda *tensors: reference.combine(tensors, ROWS, precise=True), "latentfast.reference"),
+    field=Baseline(lambda *tensors: tuple(_field_sum(tensors, row) for row in ROWS), "Σ w·x in float32, three times"),
+)
+
+OPERATIONS = (STEP_CFG, STEP_APG, COMBINE, COMBINE_ROWS, GUIDE_CFG_ZERO, GUIDE_MAGNITUDE)
 CASES = [Case(operation, *size) for operation in OPERATIONS for size in (("wan720", 32), ("wan480", 1))]
 CPU_CASES = [Case(operation, "wan480", 1, torch.float32) for operation in OPERATIONS]

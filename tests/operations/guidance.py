@@ -51,6 +51,20 @@ class _Combine(Operation):
         return lambda a, b, c: reference.guidance.combine([a, b, c], [0.75, -1.25, 0.3])
 
 
+class _CombineRows(Operation):
+    """The second of two results that are made in one go, in float64."""
+
+    rows = ((1.0, 0.5, -0.25), (0.75, -1.25, 0.3))
+
+    @property
+    def call(self):
+        return lambda a, b, c: latentfast.combine([a, b, c], self.rows, precise=True)[1]
+
+    @property
+    def spec(self):
+        return lambda a, b, c: reference.guidance.combine([a, b, c], self.rows, precise=True)[1]
+
+
 GUIDANCE = [
     _guidance("guide cfg", mode="cfg"),
     _guidance("guide cfg rescaled", mode="cfg", rescale=0.7),
@@ -67,5 +81,9 @@ GUIDANCE = [
     _Combine(
         "combine", "combine", _tensors, dict.fromkeys("abc", 0), differentiable=("a", "b", "c"),
         latent_names=("a", "b", "c"),
+    ),
+    _CombineRows(
+        "combine rows", "combine", _tensors, dict.fromkeys("abc", 0), differentiable=("a", "b", "c"),
+        latent_names=("a", "b", "c"), takes_out=False,
     ),
 ]  # fmt: skip
