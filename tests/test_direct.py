@@ -331,7 +331,8 @@ def test_inference_mode_gives_inference_tensors(device: str) -> None:
 def test_nothing_is_leaked(name: str, device: str) -> None:
     case = CASES[name]
     call, inputs = getattr(latentfast, case.function), case.inputs(device, torch.float32)
-    held = [*inputs.values(), *_held(inputs)]
+    held = {**inputs, **{f"tensor {i}": x for i, x in enumerate(_held(inputs))}}
+    held |= {"torch.float32": torch.float32, "torch.Tensor": torch.Tensor}
     x = _held(inputs)[0]
 
     def run(calls: int) -> None:
@@ -339,10 +340,10 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
             call(**inputs)
             _direct.blend(x, x, None)  # declined late
 
-    def counts() -> list[int]:
+    def counts() -> dict[str, int]:
         gc.collect()
         memory = torch.cuda.memory_allocated() if device == "cuda" else 0
-        return [memory, *(sys.getrefcount(value) for value in (*held, torch.float32, torch.Tensor))]
+        return {"memory": memory} | {name: sys.getrefcount(value) for name, value in held.items()}
 
     run(100)
     before, grown = counts(), []
@@ -350,7 +351,8 @@ def test_nothing_is_leaked(name: str, device: str) -> None:
         blocks = sys.getallocatedblocks()
         run(10_000)
         # a leak would be 10,000; others take and drop a reference to torch's own objects now and then
-        assert all(now - then < 100 for now, then in zip(counts(), before, strict=True))
+        more = {name: count - before[name] for name, count in counts().items() if count - before[name] >= 100}
+        assert not more
         grown.append(sys.getallocatedblocks() - blocks)
     # a leak of one object a call would be 10,000 each time; what Python keeps of other things comes once
     assert min(grown) < 1000
