@@ -265,9 +265,10 @@ def table(found: Loops) -> Table:
     for before, now in zip(found.loops[::2], found.loops[1::2], strict=True):
         for loop in (before, now):
             less = f"{before.outside_us / now.outside_us:.1f}" if loop is now and now.outside_us > 0 else "–"
+            outside = number(loop.outside_us) if loop.outside_us > 0 else "≈ 0"  # the difference of two long times
             result.add_row(
                 loop.transformer if loop is before else "", loop.pipeline, number(loop.step_us[1]),
-                number(loop.forward_us), number(loop.outside_us), less, f"{loop.launches:.1f}",
+                number(loop.forward_us), outside, less, f"{loop.launches:.1f}",
                 "–" if loop.waits is None else f"{loop.waits:.1f}",
             )  # fmt: skip
     return result
