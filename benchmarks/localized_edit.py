@@ -32,9 +32,14 @@ TASKS = ("colour", "shape", "background")
 MOST_DRAWN = 4
 #: A cell of the latents is a shape's if at least so much of its pixels is.
 TOUCHED = 0.25
-#: Share of the steps in which an edit acts. What stands where is settled in the first steps, so a shape's edit leaves
-#: them to the source; but so is the background.
-STRENGTH = {"colour": 0.85, "shape": 0.9, "background": 1.0}
+#: Of `localized_edit`. What stands where is settled in the first steps: the edit of a shape's kind leaves them to the
+#: source. Colours and the background are settled early as well: their edits begin at once, and the background's mask is
+#: known before.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "colour": {},
+    "shape": {"strength": 0.9},
+    "background": {"look": True, "dilate": 0},
+}
 #: Tokens that prompts are padded to: fewer than the pipeline's own 512, which it was trained on as well.
 TOKENS = 64
 
@@ -103,12 +108,13 @@ class Measured:
         results = [
             {
                 "task": result.kind,
+                "options": OPTIONS[result.kind] | self.options,
                 "drawn": result.drawn,
                 **{name: {"mean": averages(of), "edits": [asdict(x) for x in of]} for name, of in ways(result).items()},
             }
             for result in self.results
         ]
-        settings = {"environment": asdict(self.environment), "call": self.call, "options": self.options}
+        settings = {"environment": asdict(self.environment), "call": self.call}
         return json.dumps({**settings, "seconds": round(self.seconds, 1), "tasks": results})
 
 
@@ -156,7 +162,7 @@ def measure(
         seed: Of scenes and noise.
         pictures: Edits of each kind that are kept as pictures.
         say: Is told how far it is.
-        options: Of `localized_edit`, such as `dilate`; without a `strength` that of `STRENGTH`.
+        options: Of `localized_edit`, such as `dilate`, over those of `OPTIONS`.
         call: Of the pipeline, such as `num_inference_steps`.
     """
     from diffusers.utils import logging
@@ -195,7 +201,7 @@ def _edit(
     """A batch of edits, with the mask and without."""
     sources, wanted = [caption(task.scene) for task in some], [caption(task.wanted) for task in some]
     noise = torch.cat([_noise(pipe, seed + i) for i in range(len(some))])
-    given = {"strength": STRENGTH[some[0].kind], **given, "latents": noise, "output_type": "latent"}
+    given = {**OPTIONS[some[0].kind], **given, "latents": noise, "output_type": "latent"}
     confined = localized_edit(
         pipe,
         sources,
@@ -219,7 +225,8 @@ def _edit(
         result.confined.append(outcomes[0])
         result.free.append(outcomes[1])
         if len(result.pictures) < pictures:
-            result.pictures.append(_strip(source, confined.mask[i, 0], edited, unconfined))
+            areas = (shown.masks[: len(order)] > 0.5).sum((2, 3)).amin(0)  # of the smaller shape, frame by frame
+            result.pictures.append(_strip(int(areas.argmax()), source, confined.mask[i, 0], edited, unconfined))
 
 
 def _noise(pipe: Any, seed: int) -> Tensor:
@@ -289,11 +296,10 @@ def _overlap(made: LocalizedEdit, i: int, judged: Tensor) -> tuple[float, float]
     return _iou(sharp, cells), _iou(plain > (low + high) / 2, cells)
 
 
-def _strip(source: Tensor, mask: Tensor, edited: Tensor, free: Tensor) -> Tensor:
-    """A frame of the middle: the source, the mask on it, the edit, and the edit without a mask; uint8 `(H, 4W, 3)`."""
-    middle = source.shape[1] // 2
-    frames = [((clip[:, middle] + 1) * 127.5).round() for clip in (source, edited, free)]
-    cells = F.interpolate(mask[None, None, (middle + 3) // 4].float(), size=frames[0].shape[1:])[0]
+def _strip(at: int, source: Tensor, mask: Tensor, edited: Tensor, free: Tensor) -> Tensor:
+    """A frame: of the source, the mask on it, of the edit, and of the edit without a mask; uint8 `(H, 4W, 3)`."""
+    frames = [((clip[:, at] + 1) * 127.5).round() for clip in (source, edited, free)]
+    cells = F.interpolate(mask[None, None, (at + 3) // 4].float(), size=frames[0].shape[1:])[0]
     marked = frames[0] * cells + frames[0].mean(0) * 0.3 * (1 - cells)
     row = torch.cat([F.pad(x, (2, 2, 2, 2), value=255) for x in (frames[0], marked, *frames[1:])], 2)
     return row.to(torch.uint8).movedim(0, 2).cpu()
@@ -316,12 +322,14 @@ def averages(outcomes: list[Outcome]) -> dict[str, float | None]:
     return found
 
 
-def table(measured: Measured) -> Table:
-    """One line for each task and way."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    headers = ("edit", "edits", "confined by", "changed", "other shape kept", "rest kept", "PSNR of the rest", "least")
-    for i, header in enumerate((*headers, "≥ 35 dB", "mask's IoU", "of tokens")):
-        found.add_column(header, justify="left" if i in (0, 2) else "right")
+HEADERS = (
+    "edit", "confined by", "edits", "changed", "other shape kept", "rest kept", "PSNR of the rest", "least", "≥ 35 dB",
+    "mask's IoU", "of tokens",
+)  # fmt: skip
+
+
+def lines(measured: Measured) -> list[list[str]]:
+    """The table's cells: one line for each task and way."""
 
     def share(x: float | None) -> str:
         return "–" if x is None else f"{x:.1%}"
@@ -329,12 +337,28 @@ def table(measured: Measured) -> Table:
     def number(x: float | None, form: str) -> str:
         return "–" if x is None else format(x, form)
 
+    found = []
     for result in measured.results:
         for way, outcomes in ways(result).items():
             mean = averages(outcomes)
-            found.add_row(
-                result.kind, str(len(outcomes)), way, *(share(mean[x]) for x in ("changed", "other_kept", "rest_kept")),
-                number(mean["psnr"], ".1f"), number(mean["psnr_least"], ".1f"), share(mean["psnr_35"]),
-                number(mean["iou"], ".3f"), number(mean["iou_tokens"], ".3f"),
-            )  # fmt: skip
+            shares = [share(mean[name]) for name in ("changed", "other_kept", "rest_kept")]
+            decibels = [number(mean["psnr"], ".1f"), number(mean["psnr_least"], ".1f"), share(mean["psnr_35"])]
+            overlaps = [number(mean["iou"], ".3f"), number(mean["iou_tokens"], ".3f")]
+            found.append([result.kind, way, str(len(outcomes)), *shares, *decibels, *overlaps])
     return found
+
+
+def table(measured: Measured) -> Table:
+    """For a terminal."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for i, header in enumerate(HEADERS):
+        found.add_column(header, justify="left" if i < 2 else "right")
+    for line in lines(measured):
+        found.add_row(*line)
+    return found
+
+
+def markdown(measured: Measured) -> str:
+    """For a page."""
+    rows = [HEADERS, ["---", "---", *["---:"] * (len(HEADERS) - 2)], *lines(measured)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
       load_raw(z[u], p.z + spot.offset[kZ] + (r0 + u) * walk.repeat_stride[kZ]);
       if (kDirections == kSingle) {
         load_row(single[u], directions + (r0 + u) * walk.repeat_stride[kDirection],
-                       walk.inner_stride[kDirection]);
+                 walk.inner_stride[kDirection]);
       }
       if (kind == kOneMask) {
         load_row(m[u], mask + (r0 + u) * walk.repeat_stride[kMask], walk.inner_stride[kMask]);
@@ -188,12 +188,11 @@ __global__ void __launch_bounds__(kWalkThreads) edit_kernel(const __grid_constan
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           if (!inside(u)) continue;
-          load_row(raw[u],
-                         directions + n * p.direction_stride + (r0 + u) * walk.repeat_stride[kDirection],
-                         walk.inner_stride[kDirection]);
+          load_row(raw[u], directions + n * p.direction_stride + (r0 + u) * walk.repeat_stride[kDirection],
+                   walk.inner_stride[kDirection]);
           if (kind == kMaskEach) {
             load_row(each[u], mask + n * p.mask_stride + (r0 + u) * walk.repeat_stride[kMask],
-                            walk.inner_stride[kMask]);
+                     walk.inner_stride[kMask]);
           }
         }
 #pragma unroll

@@ -130,8 +130,7 @@ def edit(
         "keep": list(keep),
         "strength": strength,
     }
-    # The attention is first looked at in a run of the source alone.
-    with _Job(request, output, note=note, clips=3 if mask == "auto" else 2) as job:
+    with _Job(request, output, note=note, clips=2) as job:
         sampler = job.sampler
         noise = sampler.noise(seed)
         sampler.frame_dim(noise)  # refuses latents without a grid, before the work

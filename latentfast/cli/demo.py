@@ -31,8 +31,6 @@ PROMPT = "a big red circle moving right on a dark background in bright light"
 SOURCE = "a big red circle moving left and a small yellow star moving right on a gray background in bright light"
 EDITED = "a big blue circle moving left and a small yellow star moving right on a gray background in bright light"
 WORDS, KEEP = ["big red circle"], ["small yellow star"]
-# What stands where is settled in the first steps: they are the source's.
-STRENGTH = 0.85
 PATH_CLIPS = 5
 FLICKER, JITTER = 0.4, 0.4  # of latents with a standard deviation near 1
 MEND_STEPS = 40
@@ -88,7 +86,7 @@ class _Demo:
     def __init__(self, sampler: Sampler, folder: Path, seed: int) -> None:
         self.sampler, self.folder, self.seed = sampler, folder, seed
         self.watch = Stopwatch()
-        denoised = (PATH_CLIPS + 3) * sampler.steps
+        denoised = (PATH_CLIPS + 2) * sampler.steps
         self.bar = Bar(LOADING + denoised + (PATH_CLIPS + 4) * DECODING + MEND_STEPS + TIMING)
         self.sections: list[report.Section] = []
         self.timings: list[Timing] = []
@@ -165,9 +163,8 @@ class _Demo:
         self.bar.stage("an edit where the attention looks")
         with self.watch("denoising"):
             made = self.sampler.edit(
-                SOURCE, EDITED, self.sampler.noise(seed), on_step=self.bar.advance, words=WORDS, keep=KEEP,
-                strength=STRENGTH,
-            )  # fmt: skip
+                SOURCE, EDITED, self.sampler.noise(seed), on_step=self.bar.advance, words=WORDS, keep=KEEP
+            )
         both = torch.cat([made.source, made.edited])
         outside, kept = outside_keeps_bits(made.source, made.edited, made.mask)
         if kept != outside:
@@ -179,8 +176,8 @@ class _Demo:
         self.sections.append(
             report.Section(
                 title="An edit inside a mask",
-                text=f"A run of the source shows where the attention to “{WORDS[0]}” looks. Then source and edit are "
-                "denoised side by side from one noise, and blend confines the edit to that region, step by step.",
+                text="Source and edit are denoised side by side from one noise. Where the attention to "
+                f"“{WORDS[0]}” looks is what the edit is about: blend confines it to that region, step by step.",
                 panels=[
                     report.Panel.of(f"source: “{SOURCE}”", clips[0], FPS),
                     report.Panel.of("the region that was found", region, FPS),

@@ -72,8 +72,10 @@ def localized_edit(
     strength: Annotated[
         float | None, typer.Option(help="Share of the steps in which the edit acts; default: by kind.")
     ] = None,
-    dilate: Annotated[int, typer.Option(min=0, help="Cells that are added around the mask.")] = 1,
-    look: Annotated[bool, typer.Option("--look/--grow", help="A run of the source first, or masks that grow.")] = True,
+    dilate: Annotated[int | None, typer.Option(min=0, help="Cells that are added around the mask.")] = None,
+    look: Annotated[
+        bool | None, typer.Option("--look/--grow", help="A run of the source first, or masks that grow.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of scenes and noise.")] = 0,
     out: Out = None,
     pictures: Annotated[
@@ -85,6 +87,7 @@ def localized_edit(
     for name in kind or ():
         if name not in module.TASKS:
             raise UserError(f"--kind: expected one of {', '.join(module.TASKS)}, got '{name}'")
+    options = {"strength": strength, "dilate": dilate, "look": look}
     found = module.measure(
         device_of(device),
         prompts,
@@ -92,10 +95,12 @@ def localized_edit(
         batch=batch,
         seed=seed,
         say=console().print,
-        options={"dilate": dilate, "look": look} | ({} if strength is None else {"strength": strength}),
+        options={name: value for name, value in options.items() if value is not None},
         call={} if steps is None else {"num_inference_steps": steps},
     )
     _finish(module, found, out)
+    if out is not None:
+        out.with_suffix(".md").write_text(module.markdown(found), encoding="utf-8")
     if pictures is not None:
         _save_pictures(pictures, {result.kind: result.pictures for result in found.results})
 

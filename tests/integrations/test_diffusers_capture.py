@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,136 +13,30 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from diffusers import (
     AutoencoderKLWan,
-    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoTransformer3DModel,
-    LTXVideoTransformer3DModel,
-    MochiTransformer3DModel,
+    LTXPipeline,
     UNetSpatioTemporalConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
-    WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from latentfast.integrations.diffusers import AttentionCapture
-from latentfast.integrations.diffusers.words import prompt_tokens, token_spans
+from tests.integrations.diffusers_models import (
+    KEPT,
+    MODELS,
+    TEXT,
+    VOCABULARY,
+    made,
+    randn,
+    wan,
+    wan_inputs,
+    word_pieces,
+)
 
+pytest_plugins = ("cli_fixtures",)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
-TEXT = 6  # tokens, of which the second sample's last two are padding
-KEPT = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-
-
-@dataclass(frozen=True)
-class Model:
-    """A small random transformer: how it is built and called, and which of its attention's calls are read how."""
-
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Any]]
-    grid: tuple[int, int, int]
-    layers: int
-    joint: str = ""  # where the text's tokens are in joint attention: "first" or "last"
-
-    def reads(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The video's queries and the text's keys of a call of attention; None if it is another attention."""
-        tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        if not self.joint:
-            return (q, k) if (q.shape[2], k.shape[2]) == (tokens, TEXT) else None
-        if q.shape[2] <= tokens:
-            return None
-        text = q.shape[2] - tokens
-        return (q[:, :, text:], k[:, :, :text]) if self.joint == "first" else (q[:, :, :-text], k[:, :, -text:])
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def wan(**options: Any) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=16, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32, **options,
-    )  # fmt: skip
-
-
-def wan_inputs() -> dict[str, Any]:
-    return {
-        "hidden_states": randn(2, 4, 3, 4, 6),
-        "timestep": torch.tensor([500, 500]),
-        "encoder_hidden_states": randn(2, TEXT, 8),
-    }
-
-
-def rotary(tokens: int, width: int) -> tuple[Tensor, Tensor]:
-    angles = randn(tokens, width // 2).repeat_interleave(2, 1)
-    return angles.cos(), angles.sin()
-
-
-MODELS = {
-    "wan": Model(wan, wan_inputs, (3, 2, 3), 2),
-    "ltx": Model(
-        lambda: LTXVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
-            num_layers=2, caption_channels=8,
-        ),
-        lambda: {
-            "hidden_states": randn(2, 12, 4), "timestep": torch.tensor([500, 500]), "num_frames": 2, "height": 2,
-            "width": 3, "encoder_hidden_states": randn(2, TEXT, 8), "encoder_attention_mask": KEPT.long(),
-        },
-        (2, 2, 3), 2,
-    ),
-    "cogvideox": Model(
-        lambda: CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=4,
-            text_embed_dim=8, num_layers=2, sample_width=8, sample_height=4, sample_frames=9, patch_size=2,
-            temporal_compression_ratio=4, max_text_seq_length=TEXT, use_rotary_positional_embeddings=True,
-        ),
-        lambda: {
-            "hidden_states": randn(2, 3, 4, 4, 8), "timestep": torch.tensor([500, 500]),
-            "encoder_hidden_states": randn(2, TEXT, 8), "image_rotary_emb": rotary(24, 8),
-        },
-        (3, 2, 4), 2, "first",
-    ),
-    "hunyuan": Model(
-        lambda: HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=False,
-            text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(2, 2, 4),
-        ),
-        lambda: {
-            "hidden_states": randn(2, 4, 3, 4, 6), "timestep": torch.tensor([500, 500]),
-            "encoder_hidden_states": randn(2, TEXT, 8), "encoder_attention_mask": KEPT.long(),
-            "pooled_projections": randn(2, 8),
-        },
-        (3, 2, 3), 2, "last",
-    ),
-    "mochi": Model(
-        lambda: MochiTransformer3DModel(
-            patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
-            in_channels=4, text_embed_dim=8, time_embed_dim=4, activation_fn="swiglu", max_sequence_length=TEXT,
-        ),
-        lambda: {
-            "hidden_states": randn(2, 4, 2, 4, 6), "timestep": torch.tensor([500, 500]),
-            "encoder_hidden_states": randn(2, TEXT, 8), "encoder_attention_mask": KEPT,
-        },
-        (2, 2, 3), 2, "last",
-    ),
-}  # fmt: skip
-
-
-def made(name: str, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(0)
-    model = MODELS[name].build().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # zeros of an initialisation would hide what is not read
-            parameter.add_(0.3 * torch.randn_like(parameter))
-
-    def there(x: Any) -> Any:
-        return tuple(map(there, x)) if isinstance(x, tuple) else x.to(device) if isinstance(x, Tensor) else x
-
-    return model.to(device), {key: there(value) for key, value in MODELS[name].inputs().items()}
 
 
 @torch.no_grad()
@@ -285,19 +178,6 @@ def test_a_grid_that_changes_is_told() -> None:
 
 # ------------------------------------------------------------------------------------------------------- pipelines
 
-VOCABULARY = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "moving", "left", "##s", "un", "##seen"]
-
-
-def word_pieces() -> PreTrainedTokenizerFast:
-    """A tokenizer that cuts words it doesn't know into known pieces."""
-    ids = {word: index for index, word in enumerate(VOCABULARY)}
-    core = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=32
-    )
-
 
 @pytest.fixture(scope="module")
 def pipe() -> WanPipeline:
@@ -335,7 +215,7 @@ def test_only_the_conditional_call_of_a_guided_step_counts(pipe: WanPipeline) ->
     assert torch.equal(unguided, call(pipe))
 
 
-def test_a_new_call_of_the_pipeline_starts_anew(pipe: WanPipeline) -> None:
+def test_a_new_call_of_the_pipeline_starts_anew(pipe: WanPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     with AttentionCapture(pipe, [[1]]) as twice:
         call(pipe, "blue square")
         call(pipe)
@@ -343,6 +223,15 @@ def test_a_new_call_of_the_pipeline_starts_anew(pipe: WanPipeline) -> None:
         call(pipe)
     assert twice.step == 2
     assert torch.equal(twice.maps(), once.maps())
+    # a scheduler may give the same timesteps again
+    pipe.scheduler.set_timesteps(3)
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", lambda *_, **__: None)
+    with AttentionCapture(pipe, [[1]]) as again:
+        for prompt in ("blue square", "a red circle"):
+            pipe.scheduler.model_outputs, pipe.scheduler.lower_order_nums = [None] * 2, 0
+            pipe.scheduler.last_sample = pipe.scheduler._step_index = None
+            call(pipe, prompt)
+    assert again.step == 2 and torch.equal(again.maps(), once.maps())
 
 
 def test_two_transformers_that_take_turns(pipe: WanPipeline) -> None:
@@ -396,55 +285,18 @@ def test_only_the_conditional_half_of_a_guided_batch_counts(name: str) -> None:
     assert torch.equal(both.maps(), whole.maps())
 
 
-# ------------------------------------------------------------------------------------------------------------ words
-
-
-def test_words_of_one_token_of_several_and_repeated(pipe: WanPipeline) -> None:
-    found = prompt_tokens(pipe, "a  red circle, a blue unseen circles", ["red circle", "unseen", "a", ("a", 1)])
-    # a=0 red=1 circle=2 ,=3 a=4 blue=5 un=6 ##seen=7 circle=8 ##s=9 </s>=10
-    assert found.groups == [[1, 2], [6, 7], [0, 4], [4]]
-    assert found.prompt == list(range(10)) and found.count == 512
-    assert prompt_tokens(pipe, "A Red circle", ["red"], max_sequence_length=8).count == 8
-
-
-def test_padding_on_the_left(pipe: WanPipeline) -> None:
-    tokenizer = pipe.tokenizer
-    tokenizer.padding_side = "left"
-    try:
-        found = prompt_tokens(pipe, "a red circle", ["circle"], max_sequence_length=8)
-    finally:
-        tokenizer.padding_side = "right"
-    assert (found.groups, found.prompt) == ([[6]], [4, 5, 6])
-
-
-def test_a_template_is_cut_off(pipe: WanPipeline) -> None:
-    class Templated:
-        tokenizer = pipe.tokenizer
-
-        def __call__(self, max_sequence_length: int = 12) -> None: ...
-
-        def encode_prompt(self, prompt_template: dict = {"template": "red moving {} left", "crop_start": 2}) -> None:  # noqa: B006
-            ...
-
-    found = prompt_tokens(Templated(), "a red circle", ["red"])
-    assert (found.groups, found.prompt, found.count) == ([[1]], [0, 1, 2], 12)
-
-
-@pytest.mark.parametrize(
-    ("words", "error", "match"),
-    [
-        (["green"], ValueError, "'green' is not among its words: a, red, circle"),
-        (["circle red"], ValueError, "'circle red' is not among its words"),
-        (["circ"], ValueError, "'circ' is not among"),
-        ([" "], ValueError, "must not be empty"),
-        ([("red", 1)], ValueError, "from 0 to 0 of 'red', got 1"),
-        ("red", TypeError, "must be a list of words, got 'red'"),
-        ([3], TypeError, "words or pairs"),
-    ],
-)
-def test_words_that_are_refused(words: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        token_spans("a red circle", words)
+def test_ltx_which_packs_its_latents_and_guides_in_one_batch(ltx_folder: Path) -> None:
+    pipe = LTXPipeline.from_pretrained(str(ltx_folder))
+    pipe.set_progress_bar_config(disable=True)
+    options = {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 32}
+    plain = call(pipe, guidance_scale=3.0, negative_prompt="blue", **options)
+    with AttentionCapture(pipe, ["red", "circle"], prompt="a red circle", steps=[0]) as guided:
+        latents = call(pipe, guidance_scale=3.0, negative_prompt="blue", **options)
+    with AttentionCapture(pipe, ["red", "circle"], prompt="a red circle", steps=[0]) as alone:
+        call(pipe, guidance_scale=1.0, **options)
+    assert torch.equal(latents, plain)
+    assert guided.maps().shape == (1, 2, 3, 16, 16)
+    torch.testing.assert_close(guided.maps(), alone.maps(), rtol=1e-4, atol=1e-6)
 
 
 def test_captures_that_are_refused(pipe: WanPipeline) -> None:

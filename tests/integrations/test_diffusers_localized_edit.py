@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ import latentfast
 from latentfast.integrations.diffusers import AttentionCapture, localized_edit
 from latentfast.integrations.diffusers.localized_edit import SideBySide
 from latentfast.integrations.diffusers.masks import attention_mask, dilated, sharpen
-from latentfast.integrations.diffusers.words import changed_words
+from latentfast.integrations.diffusers.sampling import clean_estimate
+from latentfast.integrations.diffusers.words import changed_words, prompt_tokens, token_spans
 from latentfast.tiny import load_pipeline
 
 CALL: dict[str, Any] = {
@@ -55,11 +57,12 @@ def same_outside(source: Tensor, edited: Tensor, mask: Tensor) -> bool:
         {"words": ["red circle"], "keep": ["blue star"]},
         {},
         {"words": ["star"], "invert": True, "dilate": 0},
-        {"look": False},
-        {"look": False, "observe": 0.5, "words": ["circle"], "edit_words": ["green circle"]},
+        {"look": True},
+        {"observe": 0.5, "words": ["circle"], "edit_words": ["green circle"]},
+        {"look": True, "words": ["star"], "invert": True},
         {"strength": 0.5, "until": 0.75, "words": ["circle"]},
     ],
-    ids=["words", "changed words", "inverted", "growing", "growing late", "in the middle"],
+    ids=["words", "changed words", "inverted", "looked", "in both", "inverted, looked", "in the middle"],
 )
 def test_outside_the_mask_the_source_keeps_its_bits(pipe: WanPipeline, options: dict[str, Any]) -> None:
     made = localized_edit(pipe, SOURCE, EDITED, latents=noise(), **options, **CALL)
@@ -77,14 +80,15 @@ def test_outside_the_mask_the_source_keeps_its_bits(pipe: WanPipeline, options: 
 
 
 def test_the_mask_is_that_of_the_words(pipe: WanPipeline) -> None:
-    made = localized_edit(pipe, SOURCE, EDITED, words=["red", "circle"], keep=["star"], latents=noise(), **CALL)
+    given = {"words": ["red", "circle"], "keep": ["star"], "latents": noise(), "look": True, **CALL}
+    made = localized_edit(pipe, SOURCE, EDITED, **given)
     options = {"prompt": SOURCE, "own_tokens": True, "max_sequence_length": 48}
     with AttentionCapture(pipe, [["red", "circle"], "star"], **options) as capture:
         latents = pipe(SOURCE, latents=noise(), **CALL).frames
     assert torch.equal(made.maps[0], capture.maps()[0])
     assert torch.equal(made.mask, attention_mask(capture.maps(), latents, dilate=1))
     # what is kept is not edited: with the words the other way round, the masks are others
-    other = localized_edit(pipe, SOURCE, EDITED, words=["star"], keep=["red", "circle"], latents=noise(), **CALL)
+    other = localized_edit(pipe, SOURCE, EDITED, **given | {"words": ["star"], "keep": ["red", "circle"]})
     assert not torch.equal(made.mask, other.mask)
 
 
@@ -140,7 +144,7 @@ def test_the_pipelines_own_frames_and_callback(pipe: WanPipeline) -> None:
 
     call = {**CALL, "num_inference_steps": 2, "output_type": "pt", "callback_on_step_end": own}
     generator = torch.Generator().manual_seed(3)
-    made = localized_edit(pipe, SOURCE, EDITED, generator=generator, **call)
+    made = localized_edit(pipe, SOURCE, EDITED, generator=generator, look=True, **call)
     assert made.frames.shape == (2, 5, 3, 64, 64)
     assert steps == [(0, (1, 16, 2, 8, 8)), (1, (1, 16, 2, 8, 8)), (0, (2, 16, 2, 8, 8)), (1, (2, 16, 2, 8, 8))]
 
@@ -187,7 +191,7 @@ def test_frames_before_channels_and_guidance_in_one_batch(pipe: WanPipeline) -> 
         (ValueError, "edit_prompt or directions", {"edit_prompt": None}),
         (ValueError, "as many clips as prompt, got 2 and 1", {"edit_prompt": [EDITED, EDITED]}),
         (ValueError, "'square' is not among its words: a, red, circle", {"words": ["square"]}),
-        (ValueError, "no word of its own", {"edit_prompt": SOURCE}),
+        (ValueError, "words must name what is edited", {"edit_prompt": SOURCE}),
         (ValueError, "strength must be above 0", {"strength": 0.0}),
         (ValueError, "until must be above 0", {"until": 1.5}),
         (ValueError, "until must be after the edit begins, at 0.75", {"strength": 0.25, "until": 0.5}),
@@ -205,10 +209,32 @@ def test_what_is_refused(pipe: WanPipeline, error: type[Exception], match: str, 
         localized_edit(pipe, SOURCE, **given)
 
 
-def test_changed_words() -> None:
-    assert changed_words("a red circle and a red star", "a red circle and a blue star") == [("red", 1)]
-    assert changed_words("A Red circle", "a red circle, moving") == []
-    assert changed_words("a big circle", "a circle") == [("big", 0)]
+def test_the_clean_latents_of_a_step(pipe: WanPipeline) -> None:
+    clean, drawn = torch.randn((2, 1, 16, 2, 8, 8), generator=torch.Generator().manual_seed(0))
+    pipe.scheduler.set_timesteps(10)
+    levels = pipe.scheduler.sigmas
+    for step in (0, 5, 9):
+        before, after = (s * drawn + (1 - s) * clean for s in levels[step : step + 2])
+        # the difference of two noise levels of a tenth takes two digits of float32
+        torch.testing.assert_close(clean_estimate(pipe, step, before, after), clean, rtol=1e-4, atol=1e-4)
+    other = type("Other", (), {"scheduler": CogVideoXDDIMScheduler()})()
+    assert clean_estimate(other, 0, drawn, clean) is clean
+
+
+def test_words_that_only_the_edit_has(pipe: WanPipeline) -> None:
+    added = localized_edit(pipe, "a red circle", "a red circle and a blue star", latents=noise(), **CALL)
+    assert same_outside(added.source, added.edited, added.mask)
+    with pytest.raises(ValueError, match="words must name what is edited: 'a red circle' has no word"):
+        localized_edit(pipe, "a red circle", "a red circle and a blue star", look=True, latents=noise(), **CALL)
+
+
+@pytest.mark.parametrize(
+    "item", [AttentionCapture, localized_edit, attention_mask, changed_words, prompt_tokens, token_spans]
+)
+def test_the_example_runs(item: Any) -> None:
+    (test,) = (t for t in doctest.DocTestFinder(recurse=False).find(item, item.__name__) if t.examples)
+    output: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(test, out=output.append).failed == 0, "".join(output)
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
@@ -218,8 +244,8 @@ def two_squares() -> tuple[Tensor, Tensor, Callable[[int], Tensor]]:
     """Latents with two squares of their own colours, and maps on a grid half as fine that only say where about."""
     generator = torch.Generator().manual_seed(0)
     latents = 0.1 * torch.randn((1, 4, 3, 16, 16), generator=generator)
-    latents[:, 0, :, 3:7, 3:6] += 2
-    latents[:, 1, :, 9:14, 8:13] += 2
+    latents[:, 0, :, 3:7, 3:6] += 4
+    latents[:, 1, :, 9:14, 8:13] += 4
     maps = torch.full((1, 2, 3, 4, 4), 0.1)
     maps[:, 0, :, 0:2, 0:2] = torch.tensor([[0.4, 0.3], [0.9, 0.5]])
     maps[:, 1, :, 2:4, 2:4] = torch.tensor([[0.9, 0.6], [0.5, 0.4]])
@@ -238,6 +264,9 @@ def test_masks_have_the_outlines_of_the_latents() -> None:
     assert torch.equal(attention_mask(maps, latents), truth(0))
     assert torch.equal(attention_mask(maps.flip(1), latents), truth(1))
     assert torch.equal(attention_mask(maps, latents, dilate=1), dilated(truth(0), 1))
+    # a margin doesn't reach into what else is named
+    both = attention_mask(maps, latents, dilate=5)
+    assert (both * truth(1)).sum() == 0 and torch.equal(both, dilated(truth(0), 5) * (1 - truth(1)))
     # one sample doesn't see another
     other = torch.cat([latents, latents.flip(4)]), torch.cat([maps, maps.flip(4)])
     assert torch.equal(attention_mask(other[1], other[0])[:1], truth(0))

@@ -179,13 +179,14 @@ class AttentionCapture:
     def _counts(self, timestep: Any) -> float:
         """The weight of the call that begins now, 0 if it is not one to count."""
         if self._pipe is not None:
-            timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-            if timesteps is not self._timesteps:  # made anew by set_timesteps: another call of the pipeline
-                self.reset()
-                self._timesteps = timesteps
             # Both calls of a guided step get one and the same tensor. It is kept, so that no other takes its place.
             if timestep is not None and timestep is self._timestep:
                 return 0.0
+            timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+            # made anew by set_timesteps, or all of them done: another call of the pipeline
+            if timesteps is not self._timesteps or (timesteps is not None and self._step + 1 >= len(timesteps)):
+                self.reset()
+                self._timesteps = timesteps
             self._timestep = timestep
         self._step += 1
         return 1.0 if self._steps is None else self._steps.get(self._step, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentfast.integrations.diffusers.capture import AttentionCapture, Weights
 from latentfast.integrations.diffusers.masks import attention_mask, dilated
-from latentfast.integrations.diffusers.sampling import frame_dim, setting, starting_noise
+from latentfast.integrations.diffusers.sampling import clean_estimate, frame_dim, setting, starting_noise
 from latentfast.integrations.diffusers.words import Words, changed_words
 from latentfast.ops.edit import blend, edit
 
@@ -102,12 +102,12 @@ def localized_edit(
     keep: Sequence[Any] = (),
     invert: bool = False,
     mask: Tensor | Masks | None = None,
-    look: bool = True,
+    look: bool = False,
     directions: Tensor | None = None,
     strengths: Sequence[float] = (1.0,),
     strength: float = 1.0,
     until: float = 1.0,
-    observe: float = 0.2,
+    observe: float = 0.1,
     dilate: int = 1,
     background: float = 0.7,
     layers: Weights = None,
@@ -120,10 +120,9 @@ def localized_edit(
     """Makes a clip and its edit, which differs only where words of the prompt are in the picture.
 
     Both are denoised side by side from the same noise, and after each step the edit is blended over the source by a
-    mask. The mask is made of the attention to `words` (see `AttentionCapture` and `attention_mask`): with `look`, of a
-    first run of the source alone, so that all of it is known from the first step; without, it grows while both run, of
-    the attention so far of the source to `words` and of the edit to `edit_words`, which saves that run and finds
-    objects less exactly.
+    mask. The mask grows while both run, of the attention so far to `words` (see `AttentionCapture`) and the clean
+    latents that the model is on its way to (see `attention_mask`). With `look` it is made of a first run of the source
+    alone, so that all of it is known from the first step.
 
     Args:
         pipe: A text-to-video pipeline whose transformer `AttentionCapture` knows and whose latents have frames: Wan,
@@ -132,9 +131,10 @@ def localized_edit(
         edit_prompt: What it shall show inside the mask; None: `prompt`, with `directions`.
         words: Words or phrases of `prompt` for what is edited, mapped together; of a batch a list for each clip. None:
             the words of `prompt` that `edit_prompt` has not.
-        edit_words: The same of `edit_prompt`, for a mask that grows. None: its words that `prompt` has not.
+        edit_words: The same of `edit_prompt`, for a mask that is also to cover what the edit makes of them. None: where
+            there are no `words`, the words of `edit_prompt` that `prompt` has not.
         keep: Words of `prompt` for what must stay, in the form of `words`: where more attention is paid to one of them,
-            the mask ends.
+            the mask ends. With `edit_words` they are words of `edit_prompt`, too.
         invert: Edit everything but what `words` name: a background is best named by what stands before it.
         mask: Where the edit may act, instead of words: in [0, 1], broadcastable to the latents; or a function that is
             called after each step as ``mask(step, sources, edits)`` and gives it, or None as long as it isn't known.
@@ -143,7 +143,7 @@ def localized_edit(
         strengths: How much of each direction, over all acting steps together.
         strength: The share of the steps, from the end, in which the edit acts, in (0, 1]: before, it is the source.
         until: The share of the steps after which it runs free until the last one, where the mask has the last word.
-        observe: Without `look`: the share of the steps before the mask is first drawn.
+        observe: Without `look`: the share of the steps before the mask is first drawn; until then nothing is edited.
         dilate: Cells of the latents that are added around the mask.
         background: See `sharpen`.
         layers: Of the attention, see `AttentionCapture`.
@@ -178,6 +178,10 @@ def localized_edit(
             raise ValueError(f"{name} must be above 0 and up to 1, got {share}")
     if until <= 1 - strength:
         raise ValueError(f"until must be after the edit begins, at {1 - strength:g} of the steps, got {until}")
+    if dilate < 0:
+        raise ValueError(f"dilate must not be negative, got {dilate}")
+    if not 0 < background <= 1:
+        raise ValueError(f"background must be above 0 and up to 1, got {background}")
     if not 0 <= observe < 1:
         raise ValueError(f"observe must be in [0, 1), got {observe}")
     noise = starting_noise(pipe, call, generator) if latents is None else latents
@@ -187,19 +191,19 @@ def localized_edit(
     count = int(setting(pipe, call, "num_inference_steps"))
     length = setting(pipe, call, "max_sequence_length")
     attention = _Attention(pipe, frame_dim(pipe, noise), dilate, background, invert, layers, steps, length)
-    looked = _Captures(())
+    looked = _Captures({})
     with ExitStack() as stack:
         if mask is None:
-            named, kept = _named("words", words, sources, edits), _per_clip("keep", keep, len(sources))
+            named, named_edits = _named(words, edit_words, sources, edits, look)
+            kept = _per_clip("keep", keep, len(sources))
             if look:
-                with attention.watch(sources, named, kept, 0) as looked:
+                with attention.watch(sources, named, kept) as looked:
                     clean = _run(pipe, sources, noise, call, output_type="latent")
                 mask = attention.mask(looked, clean)
             else:
-                named_edits = _named("edit_words", edit_words, edits, sources)
-                looked = stack.enter_context(attention.watch(sources, named, kept, 0))
-                of_edits = stack.enter_context(attention.watch(edits, named_edits, kept, len(sources)))
-                mask = attention.growing(looked, of_edits, max(1, round(observe * count)))
+                both = [*sources, *edits], [*named, *named_edits], [*kept, *kept]
+                looked = stack.enter_context(attention.watch(*both))
+                mask = attention.growing(looked, torch.cat([noise, noise]), max(1, round(observe * count)))
         confined = SideBySide(
             mask if callable(mask) else _always(mask.to(noise)),
             count,
@@ -207,12 +211,13 @@ def localized_edit(
             directions=directions,
             strengths=[] if directions is None else strengths,
         )
-        both = torch.cat([noise, noise])
-        frames = _run(pipe, [*sources, *edits], both, call, output_type=output_type, on_step=confined)
+        pair = torch.cat([noise, noise])
+        frames = _run(pipe, [*sources, *edits], pair, call, output_type=output_type, on_step=confined)
     if confined.mask is None or confined.latents is None:
         raise ValueError("mask must be known by the last step, the function gave None")
     source, edited = confined.latents.chunk(2)
-    return LocalizedEdit(source, edited, confined.mask, [capture.maps()[0] for capture in looked], frames)
+    maps = [capture.maps()[0] for clip, capture in looked.items() if clip < len(sources)]
+    return LocalizedEdit(source, edited, confined.mask, maps, frames)
 
 
 class _Attention:
@@ -239,56 +244,60 @@ class _Attention:
         self._options: dict[str, Any] = {"layers": layers, "steps": steps, "max_sequence_length": length}
 
     def watch(
-        self, prompts: Sequence[str], words: Sequence[Sequence[Words]], keep: Sequence[Sequence[Words]], first: int
+        self, prompts: Sequence[str], words: Sequence[Sequence[Words]], keep: Sequence[Sequence[Words]]
     ) -> _Captures:
-        """A capture for each clip: of its words, and of each word that must stay."""
-        return _Captures(
-            AttentionCapture(
-                self._pipe,
-                [list(named), *kept],
-                prompt=prompt,
-                samples=slice(first + i, first + i + 1),
-                own_tokens=True,
-                **self._options,
-            )
-            for i, (prompt, named, kept) in enumerate(zip(prompts, words, keep, strict=True))
-        )
+        """A capture for each clip that has words to look for: of these, and of each word that must stay."""
+        captures = {}
+        for i, (prompt, named, kept) in enumerate(zip(prompts, words, keep, strict=True)):
+            if named:
+                groups, rows = [list(named), *kept], slice(i, i + 1)
+                options = {"prompt": prompt, "samples": rows, "own_tokens": True, **self._options}
+                captures[i] = AttentionCapture(self._pipe, groups, **options)
+        return _Captures(captures)
 
     def mask(self, captures: _Captures, latents: Tensor) -> Tensor:
-        """Where the words are, or everything else, broadcastable to the latents."""
-        frames_second = self._frames == 2
-        clips = latents if frames_second else latents.transpose(1, 2)
-        dilate = 0 if self._invert else self._dilate
-        masks = [
-            attention_mask(capture.maps(), clip[None], background=self._background, dilate=dilate)
-            for capture, clip in zip(captures, clips, strict=True)
-        ]
-        found = torch.cat(masks)
-        if self._invert:
-            found = dilated(1 - found, self._dilate)
-        return found if frames_second else found.transpose(1, 2)
+        """Where the words are, or everything else, of each clip, broadcastable to the latents."""
+        clips = self._frames_third(latents)
+        found = torch.zeros_like(clips[:, :1])
+        options: dict[str, Any] = {"background": self._background, "dilate": 0 if self._invert else self._dilate}
+        for i, capture in captures.items():
+            found[i] = attention_mask(capture.maps(), clips[i : i + 1], **options)[0]
+        return self._frames_third(dilated(1 - found, self._dilate) if self._invert else found)
 
-    def growing(self, of_sources: _Captures, of_edits: _Captures, first: int) -> Masks:
-        """A mask that is drawn anew after each step from the `first` on, of the attention so far."""
+    def growing(self, captures: _Captures, noise: Tensor, first: int) -> Masks:
+        """A mask that is drawn anew after each step from the `first` on, of the attention so far.
+
+        It covers what it finds in the source and in the edit, each in its own clean latents, as far as they are known.
+        """
+        before = noise
 
         def masks(step: int, source: Tensor, edited: Tensor) -> Tensor | None:
+            nonlocal before
+            after = torch.cat([source, edited])
+            clean, before = clean_estimate(self._pipe, step, before, after), after
             if step + 1 < first:
                 return None
-            return torch.maximum(self.mask(of_sources, source), self.mask(of_edits, edited))
+            of_sources, of_edits = self.mask(captures, clean).chunk(2)
+            if not any(i >= len(source) for i in captures):
+                return of_sources
+            return torch.minimum(of_sources, of_edits) if self._invert else torch.maximum(of_sources, of_edits)
 
         return masks
 
+    def _frames_third(self, x: Tensor) -> Tensor:
+        return x if self._frames == 2 else x.transpose(1, 2)
 
-class _Captures(list[AttentionCapture]):
-    """Captures that begin and end together."""
 
-    def __init__(self, captures: Iterable[AttentionCapture]) -> None:
+class _Captures(dict[int, AttentionCapture]):
+    """Captures by the number of their clip, that begin and end together."""
+
+    def __init__(self, captures: Mapping[int, AttentionCapture]) -> None:
         super().__init__(captures)
         self._stack = ExitStack()
 
     def __enter__(self) -> _Captures:
         with ExitStack() as stack:
-            for capture in self:
+            for capture in self.values():
                 stack.enter_context(capture)
             self._stack = stack.pop_all()
         return self
@@ -313,16 +322,23 @@ def _prompts(
     return sources, edits
 
 
-def _named(name: str, words: Sequence[Any] | None, prompts: list[str], others: list[str]) -> list[Sequence[Words]]:
-    """The words to look for in each clip."""
+def _named(
+    words: Sequence[Any] | None, edit_words: Sequence[Any] | None, sources: list[str], edits: list[str], look: bool
+) -> tuple[list[Sequence[Words]], list[Sequence[Words]]]:
+    """The words to look for in each source, and in each edit."""
+    pairs = list(zip(sources, edits, strict=True))
+    named: list[Sequence[Words]] = [changed_words(*pair) for pair in pairs]
     if words is not None:
-        named = _per_clip(name, words, len(prompts))
-    else:
-        named = [changed_words(prompt, other) for prompt, other in zip(prompts, others, strict=True)]
-    for prompt, found in zip(prompts, named, strict=True):
-        if not found:
-            raise ValueError(f"{name} must name what is edited: {prompt!r} has no word of its own to look for")
-    return named
+        named = _per_clip("words", words, len(pairs))
+    if edit_words is not None:
+        return named, _per_clip("edit_words", edit_words, len(pairs))
+    named_edits: list[Sequence[Words]] = [
+        () if found else changed_words(edited, source) for found, (source, edited) in zip(named, pairs, strict=True)
+    ]
+    for pair, found, found_edit in zip(pairs, named, named_edits, strict=True):
+        if not found and (look or not found_edit):
+            raise ValueError(f"words must name what is edited: {pair[0]!r} has no word that {pair[1]!r} has not")
+    return named, named_edits
 
 
 def _per_clip(name: str, words: Sequence[Any], clips: int) -> list[Sequence[Words]]:

@@ -24,7 +24,8 @@ def attention_mask(
             it must not be taken for.
         latents: `(B, C, T, H, W)`, of the same clips.
         background: See `sharpen`.
-        dilate: Cells to add all around, in h and w: a cell beside the object's may hold its edge.
+        dilate: Cells to add all around, in h and w, where no other object is: a cell beside the object's may hold its
+            edge.
         smooth_time: Standard deviation, in frames of the tokens' grid, of a smoothing of the maps over time.
 
     Returns:
@@ -60,8 +61,11 @@ def attention_mask(
         attention = low + (high - low) * maps
         maps = maps * attention / attention.sum(1, keepdim=True).clamp_min(tiny)
         maps = maps / maps.amax((2, 3, 4), keepdim=True).clamp_min(tiny)
-    found = (sharpen(maps, latents, background=background)[:, :1] > 0.5).to(latents.dtype)
-    return dilated(found, dilate)
+    objects = (sharpen(maps, latents, background=background) > 0.5).to(latents.dtype)
+    found = dilated(objects[:, :1], dilate)
+    if heat.shape[1] == 1:
+        return found
+    return found * (1 - objects[:, 1:].amax(1, keepdim=True))  # also where the margin reaches into another object
 
 
 def dilated(mask: Tensor, cells: int) -> Tensor:
@@ -72,7 +76,7 @@ def dilated(mask: Tensor, cells: int) -> Tensor:
     return F.max_pool3d(mask, (1, side, side), stride=1, padding=(0, cells, cells))
 
 
-def sharpen(maps: Tensor, latents: Tensor, *, background: float = 0.7, iterations: int = 4) -> Tensor:
+def sharpen(maps: Tensor, latents: Tensor, *, background: float = 0.7, iterations: int = 2) -> Tensor:
     """Objects' outlines, found in the latents, of maps that say roughly where the objects are.
 
     A token is several cells of the latents wide, and a map's value at an object's edge is a mixture. So each object
@@ -84,7 +88,7 @@ def sharpen(maps: Tensor, latents: Tensor, *, background: float = 0.7, iteration
         maps: In [0, 1], `(B, G, T, H, W)`, one for each object.
         latents: `(B, C, T, H, W)`.
         background: The background's weight in (0, 1] on the maps' scale: the larger, the smaller the objects.
-        iterations: Rounds of expectation-maximisation.
+        iterations: Rounds of expectation-maximisation: with more of them the maps are forgotten.
 
     Returns:
         A new tensor `(B, G, T, H, W)`, float32: how likely a cell is of the object.
@@ -111,9 +115,9 @@ def sharpen(maps: Tensor, latents: Tensor, *, background: float = 0.7, iteration
         count = member.sum(2, keepdim=True).clamp_min(1e-6)
         mean = member @ cells.mT / count
         covariance = (cells @ cells.mT - mean.mT @ (count * mean)) / cells.shape[2]
-        # Towards a multiple of the identity: an object of few cells says little about 16 channels.
+        # Half way to a multiple of the identity: an object of few cells says little about 16 channels.
         variance = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-12)
         # _ex, because solve() waits for the device to ask whether the matrix was regular
-        slope = torch.linalg.solve_ex(covariance + 0.3 * variance * eye, mean.mT)[0].mT
+        slope = torch.linalg.solve_ex(covariance + variance * eye, mean.mT)[0].mT
         member = (slope @ cells - 0.5 * (slope * mean).sum(2, keepdim=True) + prior).softmax(1)
     return member[:, :-1].unflatten(2, maps.shape[2:]).contiguous()

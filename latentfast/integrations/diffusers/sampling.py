@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["frame_dim", "latent_channels", "setting", "starting_noise"]
+__all__ = ["clean_estimate", "frame_dim", "latent_channels", "setting", "starting_noise"]
 
 
 def setting(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
@@ -35,6 +35,28 @@ def frame_dim(pipe: Any, latents: Tensor) -> int:
         name = type(pipe).__name__
         raise ValueError(f"{name} packs its latents into tokens: no region or frame can be named in them")
     return 2 if latents.shape[1] == latent_channels(pipe) else 1
+
+
+def clean_estimate(pipe: Any, step: int, before: Tensor, after: Tensor) -> Tensor:
+    """The clean latents that a step of a flow-matching sampler was on its way to.
+
+    Latents at noise level s are (1 − s) x + s n for clean x and noise n. A step that leaves both as they are takes them
+    from `before` at s to `after` at s′, so x = (s · after − s′ · before) / (s − s′): exactly the model's prediction for
+    a step of Euler's, nearly that for others'.
+
+    Args:
+        pipe: Its scheduler has the noise levels.
+        step: The number of the step, from 0.
+        before, after: The latents around it.
+
+    Returns:
+        A new tensor; `after` itself where the scheduler's noise levels are no flow's.
+    """
+    scheduler = pipe.scheduler
+    if scheduler.config.get("prediction_type") != "flow_prediction" and "FlowMatch" not in type(scheduler).__name__:
+        return after
+    level, following = scheduler.sigmas[step].to(after.device), scheduler.sigmas[step + 1].to(after.device)
+    return ((level * after - following * before) / (level - following)).to(after.dtype)
 
 
 def starting_noise(pipe: Any, call: Mapping[str, Any], generator: torch.Generator | None) -> Tensor:
