@@ -16,6 +16,7 @@ import latentfast
 from latentfast.benchmarks.harness import percentiles, synchronize
 from latentfast.benchmarks.rows import Environment, environment
 from latentfast.benchmarks.share_of_step import TEXT_TOKENS, full_size_wan
+from latentfast.benchmarks.table import headed
 from latentfast.integrations.diffusers import AttentionCapture
 from latentfast.integrations.diffusers._attention import text_attentions
 
@@ -178,9 +179,8 @@ def _measure(device: torch.device, quick: bool) -> Cost:
 
 def table(cost: Cost) -> Table:
     """One line for each way."""
-    found = Table(box=None, pad_edge=False, header_style="bold", title=cost.title(), title_justify="left")
-    for i, header in enumerate(("capture", "ms a forward", "time added", "MiB added", "maps differ by", "same result")):
-        found.add_column(header, justify="left" if i == 0 else "right")
+    headers = ("capture", "ms a forward", "time added", "MiB added", "maps differ by", "same result")
+    found = headed(headers, 1, cost.title())
     for way in cost.ways:
         time_added, memory = cost.added(way)
         first = way is cost.ways[0]

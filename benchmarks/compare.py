@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from latentfast.benchmarks.rows import Row
-from latentfast.benchmarks.table import number, size
+from latentfast.benchmarks.table import headed, number, size
 
 CLOCKS = {"device_us": "device", "host_us": "host"}
 #: From the 20th to the 80th percentile of a normal distribution, in standard deviations.
@@ -121,9 +121,7 @@ def _environments(a: Row, b: Row) -> list[str]:
 def table(found: Comparison) -> Table:
     """The changes beyond the noise, the largest slowdown first; all of them if there are none."""
     shown = [change for change in found.changes if change.verdict != "same"] or found.changes
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for i, header in enumerate(("", "operation", "size", "backend", "clock", "before µs", "after µs", "×", "noise")):
-        result.add_column(header, justify="left" if i < 5 else "right")
+    result = headed(("", "operation", "size", "backend", "clock", "before µs", "after µs", "×", "noise"), 5)
     for change in shown:
         row = change.row
         result.add_row(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from latentfast.benchmarks.rows import Environment, environment
+from latentfast.benchmarks.table import headed
 from latentfast.integrations.diffusers import LocalizedEdit, localized_edit
 from latentfast.integrations.diffusers.masks import attention_mask
 from latentfast.tiny import RECOMMENDED, Judge, Reading, Scene, Shape, caption, load_pipeline, random_scenes
@@ -350,9 +351,7 @@ def lines(measured: Measured) -> list[list[str]]:
 
 def table(measured: Measured) -> Table:
     """For a terminal."""
-    found = Table(box=None, pad_edge=False, header_style="bold")
-    for i, header in enumerate(HEADERS):
-        found.add_column(header, justify="left" if i < 2 else "right")
+    found = headed(HEADERS, 2)
     for line in lines(measured):
         found.add_row(*line)
     return found

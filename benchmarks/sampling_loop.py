@@ -25,7 +25,7 @@ from latentfast.benchmarks.harness import percentiles, synchronize
 from latentfast.benchmarks.operation import MODELS
 from latentfast.benchmarks.rows import Environment, environment
 from latentfast.benchmarks.share_of_step import SCALE, SHIFT, TEXT_TOKENS, in_bfloat16
-from latentfast.benchmarks.table import number
+from latentfast.benchmarks.table import headed, number
 
 TEXT_WIDTH = 256
 #: Steps of the two samplings.
@@ -248,20 +248,13 @@ def _waits(sampler: _Sampler, device: torch.device, steps: int) -> float | None:
 def table(found: Loops) -> Table:
     """The loops, with how many times less the accelerated one takes outside of the transformer."""
     on_gpu = found.environment.driver != "none"
-    result = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        title=f"WanPipeline, UniPC, guidance, latents {'x'.join(map(str, found.latents))}, {found.dtype}, "
-        f"{found.environment.card}",
-        title_justify="left",
-    )
+    latents = "x".join(map(str, found.latents))
+    title = f"WanPipeline, UniPC, guidance, latents {latents}, {found.dtype}, {found.environment.card}"
     headers = (
         "transformer", "pipeline", "µs a step", "µs a call of it", "µs outside", "times less",
         "launches outside" if on_gpu else "operations outside", "waits a step",
     )  # fmt: skip
-    for i, header in enumerate(headers):
-        result.add_column(header, justify="left" if i < 2 else "right")
+    result = headed(headers, 2, title)
     for before, now in zip(found.loops[::2], found.loops[1::2], strict=True):
         for loop in (before, now):
             less = f"{before.outside_us / now.outside_us:.1f}" if loop is now and now.outside_us > 0 else "–"

@@ -18,7 +18,7 @@ from latentfast._launches import launches
 from latentfast.benchmarks.harness import percentiles, synchronize
 from latentfast.benchmarks.operation import MODELS
 from latentfast.benchmarks.rows import Environment, environment
-from latentfast.benchmarks.table import number
+from latentfast.benchmarks.table import headed, number
 
 #: Steps of a sampling, and rounds of samplings, diffusers' and ours by turns: on a GPU, on a CPU, and to try it out.
 EFFORT = {"cuda": (30, 9), "cpu": (8, 3), "quick": (3, 3)}
@@ -158,10 +158,7 @@ def _launches(run: Callable[[], int], device: torch.device) -> float:
 
 def table(found: Found) -> Table:
     """A line a scheduler."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    headers = ("scheduler", "launches", "", "host µs", "", "µs", "", "faster")
-    for i, header in enumerate(headers):
-        result.add_column(header, justify="left" if i == 0 else "right")
+    result = headed(("scheduler", "launches", "", "host µs", "", "µs", "", "faster"), 1)
     result.add_row(f"a step, latents {'x'.join(map(str, found.latents))}", *["diffusers", "latentfast"] * 3, "")
     by_label = {(step.scheduler, step.ours): step for step in found.steps}
     for label in SCHEDULERS:

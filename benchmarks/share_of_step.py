@@ -20,7 +20,7 @@ import latentfast
 from latentfast.benchmarks.harness import percentiles, synchronize
 from latentfast.benchmarks.operation import MODELS
 from latentfast.benchmarks.rows import Environment, environment
-from latentfast.benchmarks.table import number
+from latentfast.benchmarks.table import headed, number
 
 #: Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json; what is not here is WanTransformer3DModel's default.
 WAN_1_3B: dict[str, Any] = {
@@ -214,9 +214,7 @@ def _timed(call: Callable[[], Any], device: torch.device, rounds: int, steps: in
 
 def table(found: Shares) -> Table:
     """The parts of each model's step, with their shares."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for i, header in enumerate(("model", "where", "part of a guided step", "µs", "share of the step")):
-        result.add_column(header, justify="left" if i < 3 else "right")
+    result = headed(("model", "where", "part of a guided step", "µs", "share of the step"), 3)
     for step in found.steps:
         here = step.environment
         where = here.card if here.driver != "none" else f"{here.card}, {here.threads} threads"

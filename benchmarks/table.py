@@ -1,6 +1,6 @@
 """Tables of the rows: for a terminal, and those of docs/benchmarks.md between its markers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -31,6 +31,14 @@ SIZE_NAMES = {
 }
 #: A column: its header, and what stands in it.
 Column = tuple[str, Callable[[Row], str]]
+
+
+def headed(headers: Sequence[str], texts: int, title: str | None = None) -> Table:
+    """A table without lines for a terminal: the first `texts` columns hold words, the others numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < texts else "right")
+    return table
 
 
 def number(x: float | None) -> str:
@@ -110,9 +118,9 @@ def terminal(rows: list[Row]) -> Table:
     if any(row.peak_bytes is not None for row in rows):
         columns.append(("memory/eager's", _peaks))
     columns.append(("ulp", lambda row: f"{row.error_ulp:.2f}{'' if row.correct else ' WRONG'}"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, (header, _) in enumerate(columns):
-        table.add_column(header, justify="left" if i < 3 else "right", no_wrap=i > 1)
+    table = headed([header for header, _ in columns], 3)
+    for column in table.columns[2:]:
+        column.no_wrap = True
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns))
     return table

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from latentfast.benchmarks.harness import percentiles, synchronize
 from latentfast.benchmarks.rows import Environment, environment
-from latentfast.benchmarks.table import number
+from latentfast.benchmarks.table import headed, number
 
 #: Latents (C, T, H, W): 720p and 81 frames, 480p and 17; what a CPU does in seconds; a smoke run's.
 SEAMS = {"cuda": (16, 21, 90, 160), "cpu": (16, 3, 60, 104), "quick": (16, 2, 14, 13)}
@@ -248,21 +248,10 @@ def profiled(call: Callable[[], Any]) -> tuple[float, int]:
 
 def table(found: Decodes) -> Table:
     """Each part's ways."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
     headers = (
-        "Wan VAE",
-        "latents",
-        "way",
-        "ms",
-        "device ms",
-        "launches",
-        "reserved MiB",
-        "bits",
-        "faster",
-        "its seams",
-    )
-    for i, header in enumerate(headers):
-        result.add_column(header, justify="left" if i < 3 else "right")
+        "Wan VAE", "latents", "way", "ms", "device ms", "launches", "reserved MiB", "bits", "faster", "its seams"
+    )  # fmt: skip
+    result = headed(headers, 3)
     for part in found.parts:
         shape = f"{'x'.join(map(str, part.latents))}, {part.dtype}"
         for i, way in enumerate(part.ways):

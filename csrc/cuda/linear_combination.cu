@@ -3,8 +3,7 @@
 //
 //   one output, all of one dtype      combine_kernel: packs of 16 bytes, a form for each count of tensors
 //   other results of float32, halves  mixed_kernel: packs of 8 elements, a form for each count of tensors;
-//   what
-//                                     an output's dtype or a tensor's is, all threads decide alike
+//                                     all threads decide alike what dtypes there are
 //   float64 beside others, sizes that
 //     packs do not fit                mixed_elements, one element a thread
 //

@@ -240,20 +240,21 @@ def _masses(
     )
     top, safe_top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], float("-inf"), tl.float32)
     norm, safe_norm = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    whole: tl.constexpr = EVEN_KEYS
     top, norm, safe_top, safe_norm = _sums(
-        x, y0, c, each, top, norm, safe_top, safe_norm, here, True, whole or TILES > 1, SAFE
+        x, y0, c, each, top, norm, safe_top, safe_norm, here, True, EVEN_KEYS or TILES > 1, SAFE
     )
     if TILES > 1:
         top, norm, safe_top, safe_norm = _sums(
-            x, y1, c, each, top, norm, safe_top, safe_norm, here, False, whole or TILES > 2, SAFE
+            x, y1, c, each, top, norm, safe_top, safe_norm, here, False, EVEN_KEYS or TILES > 2, SAFE
         )
     if TILES > 2:
         top, norm, safe_top, safe_norm = _sums(
-            x, y2, c, each, top, norm, safe_top, safe_norm, here, False, whole or TILES > 3, SAFE
+            x, y2, c, each, top, norm, safe_top, safe_norm, here, False, EVEN_KEYS or TILES > 3, SAFE
         )
     if TILES > 3:
-        top, norm, safe_top, safe_norm = _sums(x, y3, c, each, top, norm, safe_top, safe_norm, here, False, whole, SAFE)
+        top, norm, safe_top, safe_norm = _sums(
+            x, y3, c, each, top, norm, safe_top, safe_norm, here, False, EVEN_KEYS, SAFE
+        )
     beyond = norm > _LARGEST
     if SAFE:
         top, norm, own = safe_top, safe_norm, own & beyond

@@ -97,9 +97,7 @@ def text_attentions(model: nn.Module) -> list[TextAttention]:
         ValueError: the model isn't known, or its attention has no text to look at.
     """
     blocks: Any = getattr(model, "blocks", None) or getattr(model, "transformer_blocks", [])
-    if _of(model, "WanTransformer3DModel"):
-        return [_normed(block.attn2, _cross) for block in blocks]
-    if _of(model, "LTXVideoTransformer3DModel"):
+    if _of(model, "WanTransformer3DModel", "LTXVideoTransformer3DModel"):
         return [_normed(block.attn2, _cross) for block in blocks]
     if _of(model, "CogVideoXTransformer3DModel"):
         return [_normed(block.attn1, _text_first) for block in blocks]
