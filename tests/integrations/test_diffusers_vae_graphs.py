@@ -236,8 +236,8 @@ def test_a_group_of_frames_is_a_few_launches_and_waits_for_nothing() -> None:
         vae.decode(z)
         ours = profiled(lambda: vae.decode(z))[1]
         groups, tiles = 9 * 5, 9
-        # into the graph's input, the graph, out of its result; a tile's frames together; the seams
-        assert ours <= 3 * groups + 2 * tiles + 4 and parent > 50 * groups
+        # into the graph's input, the graph, from its result to its place; a tile's first result aside; the seams
+        assert ours <= 3 * groups + tiles + 1 and parent > 50 * groups
         torch.cuda.set_sync_debug_mode("error")
         try:
             vae.decode(z)

@@ -20,7 +20,7 @@ def coded(step: Step, groups: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def joined(results: Iterable[Tensor]) -> Tensor:
-    """All groups' results after one another, for what is small: one launch, and for a moment everything twice."""
+    """All groups' results after one another, gradients too: one launch, and for a moment everything twice."""
     parts = list(results)
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
@@ -32,7 +32,8 @@ def in_one_buffer(results: Iterable[Tensor], count: int, clamp: tuple[float, flo
     `torch.cat` moves the frames before once more with every group.
 
     Args:
-        results: `(B, C, t, H, W)` each; all but the first have as many frames. No gradient passes.
+        results: `(B, C, t, H, W)` each; all but the first have as many frames. No gradient passes. The first must stay;
+            of the others each is read before the next is asked for.
         count: Of results.
         clamp: The least and the largest value.
     """

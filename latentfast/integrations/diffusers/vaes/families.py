@@ -190,7 +190,9 @@ class InChunks(_Seamless):
         return chunks.coded(step, groups) if graphs is None else graphs.coded(step, groups, vae)
 
     def _decoded_tile(self, z: Tensor, *conditions: Any) -> Tensor:
-        return chunks.joined(self._decoded(self._convolved_decode_step, self._decode_groups(z)))
+        groups = self._decode_groups(z)
+        parts = self._decoded(self._convolved_decode_step, groups)
+        return chunks.joined(parts) if torch.is_grad_enabled() else chunks.in_one_buffer(parts, len(groups))
 
     def _encoded_tile(self, x: Tensor) -> Tensor:
         return chunks.joined(chunks.coded(self._convolved_encode_step, self._encode_groups(x)))

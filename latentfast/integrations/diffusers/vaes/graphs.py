@@ -100,11 +100,12 @@ class _Chain:
         self.repeats = repeats
 
     def run(self, groups: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Each group's result: the first is the caller's, each later one stays until the next is asked for."""
         for i, group in enumerate(groups):
             link = self.links[min(i, len(self.links) - 1)]
             link.group.copy_(group)
             link.replay()
-            yield link.result.clone()  # the next step overwrites it
+            yield link.result if i else link.result.clone()
 
 
 class ChunkGraphs:
