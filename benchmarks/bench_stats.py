@@ -13,7 +13,8 @@ from latentfast.benchmarks.operation import Baseline, Call, Case, Operation
 from latentfast.reference import stats as reference
 
 COMPRESSION = 0.6
-TOKEN = (1, 1, 1)
+TOKEN = (1, 1, 1)  # the patch of a token, LTX-Video's
+PATCH = (1, 2, 2)  # Wan's, HunyuanVideo's
 
 
 def _upsampler(name: str) -> Call:
@@ -27,10 +28,16 @@ def _upsampler(name: str) -> Call:
     return call
 
 
-def _ltx_pack(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _ltx_pack(z: Tensor, mean: Tensor, std: Tensor, patch: int = 1) -> Tensor:
     from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
 
-    return LTXPipeline._pack_latents(LTXPipeline._normalize_latents(z, mean, std))
+    return LTXPipeline._pack_latents(LTXPipeline._normalize_latents(z, mean, std), patch)
+
+
+def _ltx_unpack(tokens: Tensor, mean: Tensor, std: Tensor, size: tuple[int, int, int]) -> Tensor:
+    from diffusers.pipelines.ltx.pipeline_ltx import LTXPipeline
+
+    return LTXPipeline._denormalize_latents(LTXPipeline._unpack_latents(tokens, *size), mean, std)
 
 
 def _free_init(low: Tensor, high: Tensor) -> Tensor:
@@ -52,6 +59,12 @@ def _pair(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 def _with_channels(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     mean, std = torch.randn(shape[1], device=device), torch.rand(shape[1], device=device) + 0.5
     return *clips(1)(shape, dtype, device), mean, std
+
+
+def _tokens(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple:
+    """Of latents of that shape, with the size that they lack."""
+    z, mean, std = _with_channels(shape, dtype, device)
+    return z.flatten(2).transpose(1, 2).contiguous(), mean, std, shape[2:]
 
 
 @functools.cache
@@ -98,6 +111,33 @@ STANDARDIZE = Operation(
     field=Baseline(peers.standardize_to_tokens, "(z-mean)/std, flatten, transpose"),
     peer=Baseline(_ltx_pack, "diffusers LTX _normalize_latents, _pack_latents"),
 )
+STANDARDIZE_PATCHES = Operation(
+    stem="stats",
+    name="standardize",
+    variant="to tokens of 1x2x2",
+    inputs=_with_channels,
+    batch_dims=(0, None, None),
+    outputs=(0,),
+    ours=lambda z, mean, std: latentfast.standardize(z, mean, std, patch=PATCH),
+    reference=Baseline(lambda z, mean, std: reference.standardize(z, mean, std, patch=PATCH), "latentfast.reference"),
+    field=Baseline(lambda z, mean, std: peers.standardize_to_tokens(z, mean, std, 2), "(z-mean)/std, permute"),
+    peer=Baseline(lambda z, mean, std: _ltx_pack(z, mean, std, 2), "diffusers LTX _normalize_latents, _pack_latents"),
+)
+UNSTANDARDIZE = Operation(
+    stem="stats",
+    name="unstandardize",
+    variant="from tokens",
+    inputs=_tokens,
+    batch_dims=(0, None, None, None),
+    outputs=(0,),
+    ours=lambda z, mean, std, size: latentfast.unstandardize(z, mean, std, patch=TOKEN, size=size),
+    reference=Baseline(
+        lambda z, mean, std, size: reference.unstandardize(z, mean, std, patch=TOKEN, size=size),
+        "latentfast.reference",
+    ),
+    field=Baseline(peers.unstandardize_from_tokens, "transpose, z*std + mean"),
+    peer=Baseline(_ltx_unpack, "diffusers LTX _unpack_latents, _denormalize_latents"),
+)
 TONE_MAP = Operation(
     stem="stats",
     name="tone_map",
@@ -130,6 +170,8 @@ CASES = [
         for batch in (32, 64)
     ),
     *(Case(operation, "ltx", 1) for operation in (ADAIN, STANDARDIZE)),
+    Case(UNSTANDARDIZE, "ltx", 32),
+    *(Case(STANDARDIZE_PATCHES, size, 8) for size in ("wan720", "hunyuan720")),
     Case(ADAIN, "wan720", 32),
     Case(FREQUENCY_MIX, "animatediff", 2, torch.float32),
 ]

@@ -158,10 +158,22 @@ def adain(z: Tensor, ref: Tensor) -> Tensor:
     return ((z.float() - mean) / std * ref_std + ref_mean).to(z.dtype)
 
 
-def standardize_to_tokens(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The VAE's affine, then one token a position."""
+def standardize_to_tokens(z: Tensor, mean: Tensor, std: Tensor, patch: int = 1) -> Tensor:
+    """The VAE's affine, then one token for each patch of `patch` by `patch` positions."""
     view = (1, -1, 1, 1, 1)
-    return ((z - mean.view(view)) / std.view(view)).to(z.dtype).flatten(2).transpose(1, 2).contiguous()
+    x = ((z - mean.view(view)) / std.view(view)).to(z.dtype)
+    if patch == 1:
+        return x.flatten(2).transpose(1, 2).contiguous()
+    b, c, t, h, w = x.shape
+    parts = x.view(b, c, t, h // patch, patch, w // patch, patch)
+    return parts.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unstandardize_from_tokens(tokens: Tensor, mean: Tensor, std: Tensor, size: Sequence[int]) -> Tensor:
+    """Tokens of one position each as latents, with the inverse of the VAE's affine."""
+    view = (1, -1, 1, 1, 1)
+    x = tokens.transpose(1, 2).unflatten(2, size)
+    return (x * std.view(view) + mean.view(view)).to(tokens.dtype).contiguous()
 
 
 def tone_map(z: Tensor, compression: float) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import given
 import latentfast as lf
 from latentfast import reference
 from latentfast.ops import frequency
-from tests.helpers import DTYPES, HALVES, Draw, Target, assert_matches_spec, assert_within, gradients, same_bits
+from tests.helpers import DTYPES, HALVES, Draw, Target, assert_matches_spec, assert_within, gradients, offset, same_bits
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 sizes = st.tuples(*[st.sampled_from([1, 2, 3, 5, 7])] * 5)
@@ -58,6 +58,26 @@ def test_packed_layout_is_that_of_ltx(patch: tuple[int, int, int], dtype: torch.
     expected = _ltx()._pack_latents(z, patch[1], patch[0]) if square else reference.stats.pack(z, patch)
     assert same_bits(tokens, expected.contiguous())
     assert same_bits(lf.unstandardize(tokens, zeros, ones, patch=patch, size=(4, 6, 12)), z)
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 1, 1), (1, 4, 4)], ids=str)
+@pytest.mark.parametrize("width", [4, 8, 12, 20])  # rows that start at multiples of 8 bytes and of 16, and joined
+@every_dtype
+def test_packing_at_every_alignment(
+    width: int, patch: tuple[int, int, int], dtype: torch.dtype, target: Target
+) -> None:
+    """Channels enough for 16 bytes of features; means and deviations by which no element is rounded."""
+    draw = Draw(dtype, target.device)
+    mean, std = draw.grid(16).to(draw.parameter_dtype), 2.0 ** draw.grid(16).round().to(draw.parameter_dtype)
+    for frames in (2, 6):
+        z = draw.grid(2, 16, frames, 4, width)
+        exact = (z.double() - mean.double().view(16, 1, 1, 1)) / std.double().view(16, 1, 1, 1)
+        expected = reference.stats.pack(exact, patch).to(dtype)
+        for latents in (z, offset(z)):
+            tokens = lf.standardize(latents, mean, std, patch=patch)
+            assert same_bits(tokens, expected)
+        for packed in (tokens, offset(tokens)):
+            assert same_bits(lf.unstandardize(packed, mean, std, patch=patch, size=z.shape[2:]), z)
 
 
 def test_reference_packs_as_ltx() -> None:
@@ -284,6 +304,36 @@ def test_frequency_mix_compiles_as_one_graph(target: Target) -> None:
     low, high = draw.normal(1, 2, 3, 4, 6), draw.normal(1, 2, 3, 4, 6)
     compiled = torch.compile(lf.frequency_mix, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(low, high), lf.frequency_mix(low, high), rtol=1e-6, atol=1e-6)
+
+
+def test_frequency_mix_keeps_a_few_filters(target: Target) -> None:
+    draw = Draw(device=target.device)
+    low, high = draw.normal(1, 1, 2, 3, 4), draw.normal(1, 1, 2, 3, 4)
+    first = lf.frequency_mix(low, high, 0.5)
+    for step in range(2 * frequency._MOST_KEPT):
+        lf.frequency_mix(low, high, step / 100)
+    assert len(frequency._kept) <= frequency._MOST_KEPT
+    assert same_bits(lf.frequency_mix(low, high, 0.5), first)
+
+
+def test_frequency_mix_in_a_graph_reads_the_kept_filter(target: Target) -> None:
+    """And still does when calls of other settings have driven it out."""
+    if target.device != "cuda":
+        pytest.skip("graphs are a GPU's")
+    draw = Draw(device=target.device)
+    low, high = draw.normal(1, 2, 4, 6, 8), draw.normal(1, 2, 4, 6, 8)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = lf.frequency_mix(low, high, 0.33)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = lf.frequency_mix(low, high, 0.33)
+    assert any(0.33 in settings for settings in frequency._read_by_graphs)
+    others = [lf.frequency_mix(low, high, step / 100) for step in range(34, 34 + 2 * frequency._MOST_KEPT)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(out, expected)
+    assert not same_bits(others[0], expected)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------

@@ -191,6 +191,12 @@ enum Layout : int { kSame, kPack, kUnpack };
 struct Packing {
   int64_t b, c, t, h, w, pt, ph, pw;
 
+  // Rows that follow one another in the latents as their tokens do are one.
+  void join_rows() {
+    if (ph != 1) return;
+    w *= std::exchange(h, 1);
+    if (pt == 1) w *= std::exchange(t, 1);
+  }
   int64_t features() const { return c * pt * ph * pw; }
   int64_t elements() const { return b * c * t * h * w; }
 
@@ -326,13 +332,8 @@ struct TokenRows {
 };
 
 template <typename T, typename F>
-void standardize_grouped(const T* z, Packing packing, bool packs, F&& affine_of, T* out) {
+void standardize_grouped(const T* z, const Packing& packing, bool packs, F&& affine_of, T* out) {
   using Rows = TokenRows<T>;
-  // rows that follow one another in the latents as their tokens do are one
-  if (packing.ph == 1) {
-    packing.w *= std::exchange(packing.h, 1);
-    if (packing.pt == 1) packing.w *= std::exchange(packing.t, 1);
-  }
   std::vector<Affine<Working<T>>> affines(packing.c);
   for (int64_t channel = 0; channel < packing.c; ++channel) affines[channel] = affine_of(channel);
   const int64_t strips = packing.b * (packing.t / packing.pt) * (packing.h / packing.ph);
@@ -420,10 +421,13 @@ void standardize(const View& z, const OptionalView& mean, const OptionalView& st
     };
     const T* from = data<T>(z);
     if (layout != kSame) {
-      const Packing packing{b, c, t, h, w, pt, ph, pw};
+      Packing packing{b, c, t, h, w, pt, ph, pw};
+      packing.join_rows();
       T* const to = mutable_data<T>(out);
-      pw <= 2 ? standardize_grouped(from, packing, layout == kPack, affine_of, to)
-              : standardize_packed(from, packing, layout == kPack, affine_of, to);
+      // of fewer than 4 rows, collecting a group takes longer than it saves
+      const bool groups = pw <= 2 && packing.features() / pw >= 4;
+      groups ? standardize_grouped(from, packing, layout == kPack, affine_of, to)
+             : standardize_packed(from, packing, layout == kPack, affine_of, to);
       return;
     }
     const Output<T> to(mutable_data<T>(out), out.numel());

@@ -93,6 +93,4 @@ void apply_affines(const Target& target, const Source& source, const T* x, T* ou
   }
 }
 
-// --- to and from tokens ---
-
 }  // namespace latentfast::cuda

@@ -18,10 +18,16 @@ struct Raw {
   Unit units[kUnits];
 };
 
-// 8 bytes that are read once.
+// 8 and 4 bytes of an input.
 __device__ __forceinline__ uint2 load_8(const void* p) {
   uint2 v;
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t load_4(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
 

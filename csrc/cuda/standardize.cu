@@ -1,10 +1,10 @@
 // standardize and tone_map on CUDA. The specification is latentfast/reference/stats.py.
 //
-// Both are one pass in packs of 16 bytes that memory bounds. On the way to or from tokens, tiles are turned
-// over in shared memory, so that both sides are read and written along memory.
+// Both are one pass in packs of 16 bytes that memory bounds, to and from tokens as well (repack.cuh).
+#include <numbers>
 #include <span>
 
-#include "affines.cuh"
+#include "repack.cuh"
 #include "upload.cuh"
 
 namespace latentfast::cuda {
@@ -42,122 +42,6 @@ struct OfChannels {
 };
 
 enum Layout : int { kSame, kPackTokens, kUnpackTokens };
-
-// A tile: positions of a row of tokens, and rows of the latents that the tokens are made of.
-constexpr int kAcross = 64, kDown = 64;
-
-// Latents (b, c, t, h, w), and tokens (b, t/pt · h/ph · w/pw, c·pt·ph·pw).
-struct Packing {
-  int64_t b, c, t, h, w, pt, ph, pw;
-  int64_t rows;            // of the latents in a row of tokens: c·pt·ph
-  int64_t down, frames;    // rows of tokens in a frame of them, h/ph; such frames, t/pt
-  int across, run;         // positions of a tile; how many of them lie side by side in a token
-  int64_t pieces, groups;  // tiles along a row of tokens, and down its rows
-
-  Packing(int64_t b, int64_t c, int64_t t, int64_t h, int64_t w, int64_t pt, int64_t ph, int64_t pw)
-      : b(b),
-        c(c),
-        t(t),
-        h(h),
-        w(w),
-        pt(pt),
-        ph(ph),
-        pw(pw),
-        rows(c * pt * ph),
-        down(h / ph),
-        frames(t / pt) {
-    across = kAcross;  // whole tokens, or an equal part of one
-    while (pw <= kAcross ? across % pw != 0 : pw % across != 0) --across;
-    run = static_cast<int>(std::min<int64_t>(pw, across));
-    pieces = ceil_div<int64_t>(w, across);
-    groups = ceil_div<int64_t>(rows, kDown);
-  }
-};
-
-template <typename T, bool kPacks, bool kSingle, typename Source>
-__global__ void __launch_bounds__(kThreads)
-    repack_kernel(const __grid_constant__ Source source, const __grid_constant__ Packing p, const T* from,
-                  T* out) {
-  __shared__ typename Source::Table table;
-  // an odd number of words from one row to the next: columns are read without conflicts
-  __shared__ T tile[kDown][kAcross + (sizeof(T) == 2 ? 2 : 1)];
-  __shared__ int64_t starts[kDown];
-  __shared__ int64_t channels[kDown];
-  const int64_t block = blockIdx.x, upper = quotient(block, p.pieces), strip = quotient(upper, p.groups);
-  const int64_t x = (block - upper * p.pieces) * p.across, first_row = (upper - strip * p.groups) * kDown;
-  const int width = static_cast<int>(min(p.w - x, static_cast<int64_t>(p.across)));
-  const int height = static_cast<int>(min(p.rows - first_row, static_cast<int64_t>(kDown)));
-  const int thread = threadIdx.x;
-  if (thread < height) {
-    const int64_t row = first_row + thread, part = quotient(row, p.ph), channel = quotient(part, p.pt);
-    const int64_t over = quotient(strip, p.down), sample = quotient(over, p.frames);
-    const int64_t frame = (over - sample * p.frames) * p.pt + part - channel * p.pt;
-    const int64_t line = (strip - over * p.down) * p.ph + row - part * p.ph;
-    starts[thread] = (((sample * p.c + channel) * p.t + frame) * p.h + line) * p.w + x;
-    channels[thread] = channel;
-  }
-  source.prepare(table);
-  __syncthreads();
-
-  // f(row of the tile, position in it, where that is in the latents), along them
-  const auto along_latents = [&](auto&& f) {
-    const int column = thread % kAcross;
-    if (column >= width) return;
-#pragma unroll 4
-    for (int r = thread / kAcross; r < height; r += kThreads / kAcross) f(r, column, starts[r] + column);
-  };
-  // the same along the tokens
-  const auto along_tokens = [&](auto&& f) {
-    const int64_t features = p.rows * p.pw;
-    if constexpr (kSingle) {  // a token is one position wide
-      const int r = thread % kDown;
-      if (r >= height) return;
-      const int64_t first = (strip * p.w + x) * features + first_row + r;
-#pragma unroll 4
-      for (int column = thread / kDown; column < width; column += kThreads / kDown)
-        f(r, column, first + column * features);
-    } else {
-      const int wide = height * p.run;
-      for (int i = thread; i < width * height; i += kThreads) {
-        const int set = i / wide, rest = i - set * wide, r = rest / p.run,
-                  column = set * p.run + rest - r * p.run;
-        const int64_t token = quotient(x + column, p.pw);
-        f(r, column,
-          (strip * (p.w / p.pw) + token) * features + (first_row + r) * p.pw + x + column - token * p.pw);
-      }
-    }
-  };
-  const auto changed = [&](T value, int r) {
-    return narrow<T>(source.of(table, 0, channels[r])(widen(value)));
-  };
-  if constexpr (kPacks) {
-    along_latents([&](int r, int column, int64_t at) { tile[r][column] = from[at]; });
-    __syncthreads();
-    along_tokens([&](int r, int column, int64_t at) { out[at] = changed(tile[r][column], r); });
-  } else {
-    along_tokens([&](int r, int column, int64_t at) { tile[r][column] = from[at]; });
-    __syncthreads();
-    along_latents([&](int r, int column, int64_t at) { out[at] = changed(tile[r][column], r); });
-  }
-}
-
-template <typename T, typename Source>
-void repack(const Target& target, const Source& source, const Packing& packing, bool packs, const T* from,
-            T* out) {
-  const int64_t blocks = packing.b * packing.frames * packing.down * packing.pieces * packing.groups;
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "standardize: latents of ", packing.b * packing.c, " channels with ",
-                  packing.t * packing.h * packing.w, " elements are too large to pack");
-  const auto launch = [&]<bool kPacks, bool kSingle>() {
-    repack_kernel<T, kPacks, kSingle, Source>
-        <<<static_cast<unsigned>(blocks), kThreads, 0, target.stream>>>(source, packing, from, out);
-    check_launch("standardize");
-  };
-  if (packs) {
-    packing.pw == 1 ? launch.template operator()<true, true>() : launch.template operator()<true, false>();
-  } else {
-    packing.pw == 1 ? launch.template operator()<false, true>() : launch.template operator()<false, false>();
-  }
-}
 
 // Affines of more channels than a kernel keeps at hand.
 template <typename C>
@@ -205,50 +89,52 @@ void with_channels(const Target& target, const OptionalView& mean, const Optiona
 
 // --- tone map ---
 
-// sigmoid(x)
-__device__ __forceinline__ float sigmoid(float x) { return __frcp_rn(1.0f + __expf(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+// 1/(1 + 2^x). In float32 it is four instructions, each within two units in the last place; with a reciprocal
+// rounded as IEEE has it and an exponential that keeps subnormals, tone_map had about 25 an element, which
+// take as long as its memory.
+__device__ __forceinline__ float gate_at(float x) {
+  float power, gate;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + power));
+  return gate;
+}
+__device__ __forceinline__ double gate_at(double x) { return 1.0 / (1.0 + exp2(x)); }
 
+// V elements a thread: 40 MB are ten rounds of blocks. With four packs a thread they were three and a third,
+// and most of the card stood idle in the last.
 template <typename T, int V, bool kSlope>
 __global__ void __launch_bounds__(kThreads)
-    tone_map_kernel(const T* z, const T* grad, T* out, int64_t count, Wide<T> s) {
+    tone_map_kernel(const T* z, const T* grad, T* out, int64_t count, Wide<T> steepness, Wide<T> octaves,
+                    Wide<T> depth) {
   using C = Wide<T>;
-  constexpr int U = kSlope ? 2 : 4;
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads * U + threadIdx.x) * V;
-  Raw<T, V> raw[U], upstream[U];
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
+  if (at >= count) return;
+  Raw<T, V> raw;
+  [[maybe_unused]] Raw<T, V> upstream;
+  load_raw(raw, z + at);
+  if constexpr (kSlope) load_raw(upstream, grad + at);
+  C x[V];
+  [[maybe_unused]] C g[V];
+  widen_raw(raw, x);
+  if constexpr (kSlope) widen_raw(upstream, g);
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int64_t at = first + u * kThreads * V;
-    if (at >= count) continue;
-    load_raw(raw[u], z + at);
-    if constexpr (kSlope) load_raw(upstream[u], grad + at);
+  for (int i = 0; i < V; ++i) {
+    const C size = fabs(x[i]), gate = gate_at(fma(-octaves, size, octaves));
+    x[i] =
+        kSlope ? g[i] * (1 - depth * gate * (1 + steepness * size * (1 - gate))) : x[i] * (1 - depth * gate);
   }
-  const C steepness = 4 * s, depth = C(0.8) * s;
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    const int64_t at = first + u * kThreads * V;
-    if (at >= count) continue;
-    C x[V];
-    [[maybe_unused]] C g[V];
-    widen_raw(raw[u], x);
-    if constexpr (kSlope) widen_raw(upstream[u], g);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const C size = fabs(x[i]), gate = sigmoid(steepness * (size - 1));
-      x[i] = kSlope ? g[i] * (1 - depth * gate * (1 + steepness * size * (1 - gate)))
-                    : x[i] * (1 - depth * gate);
-    }
-    store_narrow(out + at, x);
-  }
+  store_narrow(out + at, x);
 }
 
 template <typename T, bool kSlope>
 void tone_map_of(const Target& target, const T* z, const T* grad, T* out, int64_t count, double s) {
+  using C = Wide<T>;
   const auto launch = [&]<int V>() {
-    const int64_t blocks = ceil_div<int64_t>(count, static_cast<int64_t>(kThreads) * (kSlope ? 2 : 4) * V);
+    const int64_t blocks = ceil_div<int64_t>(count, static_cast<int64_t>(kThreads) * V);
     STD_TORCH_CHECK(blocks <= INT32_MAX, "tone_map: a tensor of ", count, " elements is too large");
     tone_map_kernel<T, V, kSlope><<<static_cast<unsigned>(blocks), kThreads, 0, target.stream>>>(
-        z, grad, out, count, static_cast<Wide<T>>(s));
+        z, grad, out, count, static_cast<C>(4 * s), static_cast<C>(4 * s * std::numbers::log2e),
+        static_cast<C>(0.8 * s));
     check_launch("tone_map");
   };
   const bool quads = count % kPack<T> == 0 && aligned16(z) && aligned16(out) && (!kSlope || aligned16(grad));

@@ -7,8 +7,9 @@
 // - A channel that is one run and fits into the registers of a block (LTX-Video's: 10 KB in bfloat16) is held
 //   there, and the reference's beside it: every element is read once. A block's loads are all under way
 //   together, and while one block of a multiprocessor adds up, others read and write. Deviations are taken
-//   from the mean in a second walk through the registers, so float32 sums lose nothing. channel_stats of such
-//   channels does the same, in one launch.
+//   from the mean in a second walk through the registers, so float32 sums lose nothing.
+// - channel_stats of such channels is one launch, too: one walk, with sums in float64, which a mean near 0
+//   needs, and for which there is time beside one tensor's loads.
 // - Any other channel is cut into parts that all multiprocessors share (vector_sums.cuh), summed up in
 //   float64, and by adain read a second time.
 // Which of the two depends on the channels' sizes and the dtype alone, and so does the order of every sum.
@@ -121,6 +122,22 @@ struct HeldRow {
     });
   }
 
+  // Σ(x − first) and Σ(x − first)².
+  __device__ __forceinline__ void shifted_sums(double first, int m, double (&sums)[2]) const {
+    sums[0] = sums[1] = 0;
+    each(m, [&](int, const C(&x)[V], int left) {
+      double sum = 0, square = 0;
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const double d = i < left ? static_cast<double>(x[i]) - first : 0.0;
+        sum += d;
+        square = fma(d, d, square);
+      }
+      sums[0] += sum;
+      sums[1] += square;
+    });
+  }
+
   __device__ __forceinline__ void store(T* row, int m, bool quads, const Affine<C>& affine) const {
     each(m, [&](int j, const C(&x)[V], int left) {
       C y[V];
@@ -160,6 +177,14 @@ __device__ __forceinline__ void add_up_block(C (&x)[kCount], C* room) {
   for (int s = 0; s < kCount; ++s) x[s] = fold(lane < warps ? room[s * 32 + lane] : C(0));
 }
 
+// From Σ(x − first) and Σ(x − first)² of `count` elements.
+__device__ __forceinline__ Moments<double> moments_of(double first, double sum, double squares,
+                                                      double count) {
+  const double middle = sum / count;
+  const double variance = not_negative((squares - sum * middle) / max(count - 1, 1.0));
+  return {first + middle, 0.0, sqrt(variance)};
+}
+
 // What is known of a held row after its first walk: the mean as it will be subtracted.
 template <typename C>
 __device__ __forceinline__ Moments<C> held_moments(C mean, C sum, C squares, int count) {
@@ -196,24 +221,18 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
 template <typename T, typename M, int kPacks, int kMostThreads, int kBlocks>
 __global__ void __launch_bounds__(kMostThreads, kBlocks)
     resident_stats_kernel(const T* x, int m, bool quads, M* mean, M* std) {
-  using C = Wide<T>;
-  __shared__ C room[1 + 2][32];
+  __shared__ double room[2][32];
   const int64_t channel = blockIdx.x;
   const T* const row = x + channel * m;
   HeldRow<T, kPacks> held;
   held.read(row, m, quads);
-  const C first = widen(*row);
-
-  C sum[1] = {held.sum_from(first, m)};
-  add_up_block(sum, room[0]);
-  const C middle = first + sum[0] / m;
-
-  C rest[2];
-  held.squares_from(middle, m, rest[0], rest[1]);
-  add_up_block(rest, room[1]);
+  const double first = widen(*row);
+  double sums[2];
+  held.shifted_sums(first, m, sums);
+  add_up_block(sums, room[0]);
   if (threadIdx.x == 0) {
-    const Moments<C> moments = held_moments(middle, rest[0], rest[1], m);
-    mean[channel] = static_cast<M>(moments.mean + moments.rest);
+    const Moments<double> moments = moments_of(first, sums[0], sums[1], m);
+    mean[channel] = static_cast<M>(moments.mean);
     std[channel] = static_cast<M>(moments.std);
   }
 }
@@ -337,9 +356,8 @@ __device__ __forceinline__ Moments<double> warp_moments(const T* x, const Parted
   }
   total = fold_part<Access::quads>(total);
   squares = fold_part<Access::quads>(squares);
-  const double count = static_cast<double>(vectors.elements()), middle = total / count;
-  const double variance = not_negative((squares - total * middle) / max(count - 1, 1.0));
-  return {static_cast<double>(widen(x[vectors.base(vector)])) + middle, 0.0, sqrt(variance)};
+  return moments_of(static_cast<double>(widen(x[vectors.base(vector)])), total, squares,
+                    static_cast<double>(vectors.elements()));
 }
 
 // f(vector) for each, by a warp.

@@ -212,6 +212,10 @@ def standardize(
                 z, mean, std, out, float(scale), c, INVERSE=inverse, **tile.layout, **OPTIONS
             )
             return
+        if ph == 1:  # rows that follow one another in the latents as their tokens do are one
+            w, h = w * h, 1
+            if pt == 1:
+                w, t = w * t, 1
         rows = c * pt * ph
         across, features = min(pow2(w), _ACROSS), min(pow2(rows), _FEATURES)
         grid = b * (t // pt) * (h // ph) * cdiv(w, across) * cdiv(rows, features)

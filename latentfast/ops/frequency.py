@@ -1,7 +1,5 @@
 """Frequencies of clips: `frequency_mix`."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -12,11 +10,18 @@ from latentfast.reference.stats import low_pass
 KINDS = ("butterworth", "gaussian", "ideal")
 
 
+#: Filters that are kept for calls to come: those of so many sizes and settings.
+_MOST_KEPT = 32
+_kept: dict[tuple, Tensor] = {}
+#: Kept filters that captured graphs read. A graph does not own what was made before it, so these are never let go.
+_read_by_graphs: dict[tuple, Tensor] = {}
+
+
 def _half_spectrum(
     size: tuple[int, ...], cutoff: float, order: float, temporal: float, kind: str, dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """The filter at the frequencies that `rfftn` keeps.
+    """The filter at the frequencies that `rfftn` keeps, divided by the number of all: the inverse transform's factor.
 
     FreeInit's filter is not symmetric where a size is odd. Of two real clips the mix is real by the filter's even part,
     which is what taking the real part of the complex transform's result comes to.
@@ -25,14 +30,31 @@ def _half_spectrum(
         dims = (-3, -2, -1)
         response = torch.fft.ifftshift(low_pass(size, cutoff, order, temporal, kind, torch.float64, device), dim=dims)
         opposite = response.flip(dims).roll((1, 1, 1), dims)
-        return ((response + opposite) / 2)[..., : size[-1] // 2 + 1].to(dtype).contiguous()
+        even = (response + opposite) / (2 * response.numel())
+        return even[..., : size[-1] // 2 + 1].to(dtype).contiguous()
 
 
-_kept_half_spectrum = functools.lru_cache(maxsize=32)(_half_spectrum)
+def _response(*settings) -> Tensor:
+    """`_half_spectrum(*settings)`, kept. Made while a graph is traced or captured, a filter belongs to that graph."""
+    if torch.compiler.is_compiling():
+        return _half_spectrum(*settings)
+    device = settings[-1]
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    response = _read_by_graphs.get(settings, _kept.get(settings))
+    if response is None:
+        response = _half_spectrum(*settings)
+        if not captured:
+            while len(_kept) >= _MOST_KEPT:
+                _kept.pop(next(iter(_kept), ()), None)  # the oldest
+            _kept[settings] = response
+    elif captured:
+        _read_by_graphs[settings] = response
+    return response
 
 
 def _filtered(x: Tensor, response: Tensor) -> Tensor:
-    return torch.fft.irfftn(torch.fft.rfftn(x, dim=(-3, -2, -1)).mul_(response), s=x.shape[-3:], dim=(-3, -2, -1))
+    dims = (-3, -2, -1)
+    return torch.fft.irfftn(torch.fft.rfftn(x, dim=dims).mul_(response), s=x.shape[-3:], dim=dims, norm="forward")
 
 
 class _FrequencyMix(torch.autograd.Function):
@@ -103,8 +125,5 @@ def frequency_mix(
         raise ValueError(f"kind must be butterworth, gaussian or ideal, got {kind!r}")
     if not low.numel():
         return torch.empty_like(low, memory_format=torch.contiguous_format)
-    # A tensor made while a graph is traced or captured belongs to that graph.
-    traced = torch.compiler.is_compiling() or (low.is_cuda and torch.cuda.is_current_stream_capturing())
-    build = _half_spectrum if traced else _kept_half_spectrum
-    response = build(tuple(low.shape[-3:]), cutoff, order, temporal, kind, _checks.wide(low.dtype), low.device)
+    response = _response(tuple(low.shape[-3:]), cutoff, order, temporal, kind, _checks.wide(low.dtype), low.device)
     return _FrequencyMix.apply(low, high, response)
