@@ -178,6 +178,11 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment forces, for the records; None if the choice is automatic."""
+    return _forced
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside the block on one backend, for the whole process; an error if it cannot.

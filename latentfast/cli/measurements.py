@@ -60,6 +60,21 @@ for _name, _what in _MEASUREMENTS.items():
     app.command(_name, help=f"Measure {_what}.")(_measuring(_name))
 
 
+@app.command("cache-io")
+def cache_io(
+    device: Device = "auto",
+    quick: Quick = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="On the disk that is to be measured."),
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Measure what the latent cache costs: saving, loading, asking again, and a loop that saves its steps."""
+    module = _module("cache-io")
+    _finish(module, module.measure(device_of(device), quick=quick, folder=folder), out)
+
+
 @app.command("localized-edit")
 def localized_edit(
     device: Device = "auto",
