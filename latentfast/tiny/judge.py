@@ -120,6 +120,7 @@ class Judge:
             ValueError: the shape is another.
 
         Example:
+            >>> from latentfast.tiny import Scene, Shape, render
             >>> clips = render(Scene((Shape("star", "blue"),)))
             >>> Judge().read(clips.video)[0].scene.shapes[0].colour
             'blue'

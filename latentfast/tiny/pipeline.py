@@ -67,7 +67,9 @@ def load_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch
 
     Example:
         >>> pipe = load_pipeline()
-        >>> frames = pipe("a red circle and a small blue star moving left", **RECOMMENDED).frames[0]
+        >>> call = {**RECOMMENDED, "num_inference_steps": 2, "output_type": "latent"}  # 2, to be quick here
+        >>> pipe("a red circle and a small blue star moving left", **call).frames.shape
+        torch.Size([1, 16, 7, 16, 16])
     """
     require("transformers")
     diffusers = require("diffusers")

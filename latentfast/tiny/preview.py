@@ -29,8 +29,11 @@ def rgb_factors(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         tuple: weight (16, 3) and bias (3,), float32, new.
 
     Example:
+        >>> import torch
+        >>> import latentfast
         >>> weight, bias = rgb_factors()
-        >>> pictures = latentfast.latent_to_rgb(torch.randn(1, 16, 7, 16, 16), weight, bias, size=(128, 128))
+        >>> latentfast.latent_to_rgb(torch.randn(1, 16, 7, 16, 16), weight, bias, size=(128, 128)).shape
+        torch.Size([1, 7, 128, 128, 3])
     """
     found = _fitted()
     return torch.tensor(found["weight"], device=device), torch.tensor(found["bias"], device=device)
