@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from latentfast.cli import bench, cache
+from latentfast.cli import bench, cache, recipe
 from latentfast.cli.options import grouped
 from latentfast.cli.request import Request
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app)
 app.add_typer(cache.app)
+app.add_typer(recipe.app)
 
 # torch takes negative seeds and wraps them around silently, and numbers above 64 bits are an error of its own.
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the starting noise, drawn on the CPU.")]

@@ -31,6 +31,7 @@ _MEASUREMENTS = {
     "sampling-loop": "what a Wan sampling loop costs outside of the transformer: plain diffusers, and accelerated",
     "vae-decode": "Wan's VAE in tiles against diffusers: the seams alone, and a decode with and without CUDA graphs",
     "capture-cost": "what attention capture adds to a forward of a full-size model",
+    "recipe": "what moving a slider of a stack of ten edits costs, with the states between them in a cache",
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import latentfast
 from latentfast.cli.sampler import Sampler
+from latentfast.recipe import smoothed
 
 __all__ = [
     "Mended",
@@ -173,7 +174,7 @@ def mend(
 ) -> Mended:
     """Calm a flickering clip by gradient steps on its temporal loss, without freezing what moves.
 
-    Minimises ``temporal_loss(x, mask=still) + data * mean((x - disturbed)²)`` by accelerated gradient descent, where
+    Lowers ``temporal_loss(x, mask=still) + data * mean((x - disturbed)²)`` by :func:`latentfast.recipe.smoothed`, where
     ``still`` is :func:`still_region` of the disturbed clip. The mask spares what moves, the data term keeps the rest
     near what was given. No clean clip is used.
 
@@ -185,21 +186,20 @@ def mend(
         on_step: called after each step.
     """
     still = still_region(disturbed, frame_dim=frame_dim)
-    frames, values = disturbed.shape[frame_dim], disturbed.numel()
+    frames = disturbed.shape[frame_dim]
     both_still = still.narrow(frame_dim, 1, frames - 1) * still.narrow(frame_dim, 0, frames - 1)
     terms = float(both_still.sum()) * disturbed.shape[3 - frame_dim]
-    # A bound of the objective's curvature, so that its inverse is a step that can't overshoot: 2 from the square times
-    # 4, the largest eigenvalue of the differences, over the number of terms; plus the data term's own.
-    curvature = (8 / terms if terms else 0.0) + 2 * data / values
-    x, velocity, losses = disturbed, torch.zeros_like(disturbed), []
-    for step in range(steps + 1):
-        ahead = x + step / (step + 3) * velocity  # Nesterov: the slope is taken where the velocity leads
-        loss, slope = latentfast.temporal_loss_and_grad(ahead, mask=still, frame_dim=frame_dim)
-        away = ahead - disturbed
-        losses.append(loss + data * away.square().mean())
-        if step == steps:
-            break
-        moved = ahead - (slope + (2 * data / values) * away) / curvature
-        velocity, x = moved - x, moved
+    losses: list[Tensor] = []
+
+    def objective(x: Tensor) -> Tensor:
+        loss = latentfast.temporal_loss(x, mask=still, frame_dim=frame_dim)
+        return loss + data * (x - disturbed).square().mean()
+
+    def each(x: Tensor) -> None:
+        losses.append(objective(x))
         on_step()
-    return Mended(ahead, torch.stack(losses).tolist(), still)
+
+    # smoothed() takes sums where the objective above has means
+    weight = data * terms / disturbed.numel()
+    made = smoothed(disturbed, None, still, steps=steps, data=weight, frame_dim=frame_dim, on_step=each)
+    return Mended(made, torch.stack([objective(disturbed), *losses]).tolist(), still)
