@@ -5,7 +5,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from latentfast.integrations.diffusers._attention import text_attentions
 #: Four words; the last has two tokens.
 WORDS = [[3], [7], [12], [20, 21]]
 MIB = 2**20
+#: The package whose maps are taken for right, and its arithmetic on our hooks, which needs no installation.
+PEER = "attention-map-diffusers"
+ARITHMETIC = f"{PEER}' arithmetic"
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured; the first way is the plain forward."""
+    """What was measured; the first way is the plain forward.
+
+    Attributes:
+        absent: ways that could not be measured, and why.
+    """
 
     model: str
     latents: tuple[int, ...]
     environment: Environment
     ways: list[Way]
     quick: bool
+    absent: dict[str, str] = field(default_factory=dict)
 
     def added(self, way: Way) -> tuple[float, float | None]:
         """The share of the plain forward's time that a way adds, and MiB."""
@@ -116,6 +125,42 @@ class ScoresInChunks:
         return self._sum / len(text_attentions(self._model))
 
 
+class Peer:
+    """Capture by attention-map-diffusers' own code (PyPI, 1.0.0): it puts attention processors of its own in place.
+
+    Its mode "exact" makes the maps while the model runs, as the others here do ("fast" keeps queries and keys instead,
+    for maps afterwards); maps stay on the device, and of the text's tokens only those of the words.
+
+    Raises:
+        ImportError: the package isn't installed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from attention_map_diffusers import AttentionCapture as PeersCapture
+
+        # of a pipeline it asks for the transformer alone
+        self._capture = PeersCapture(
+            SimpleNamespace(transformer=model),
+            relations="video->text",
+            timesteps="all",
+            mode="exact",
+            offload=None,
+            key_indices=[*itertools.chain(*WORDS)],
+        )
+
+    def __enter__(self) -> "Peer":
+        self._capture.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._capture.restore()
+
+    def maps(self) -> Tensor:
+        layers = [record.data.float().mean(1) for record in self._capture.records]
+        columns = torch.stack(layers).mean(0).split([len(word) for word in WORDS], -1)
+        return torch.stack([column.sum(-1) for column in columns], 1)
+
+
 def measure(device: str, quick: bool = False) -> Cost:
     """Measures all ways, in turns.
 
@@ -146,9 +191,18 @@ def _measure(device: torch.device, quick: bool) -> Cost:
         "plain forward": ExitStack,
         "AttentionCapture": lambda: AttentionCapture(transformer, WORDS),
         "AttentionCapture, eager backend": eager,
-        "attention-map-diffusers' arithmetic": lambda: ScoresInChunks(transformer),
+        ARITHMETIC: lambda: ScoresInChunks(transformer),
+        PEER: lambda: Peer(transformer),
     }
-    plain = forward()
+    plain, absent = forward(), {}
+    try:
+        with captures[PEER]():
+            forward()
+    except ImportError as error:
+        absent[PEER] = "not installed" if error.name == "attention_map_diffusers" else str(error)
+    except Exception as error:  # of anothers' code, on a diffusers it may not know: the rest is measured
+        absent[PEER] = f"{type(error).__name__}: {error}"
+    captures = {name: capture for name, capture in captures.items() if name not in absent}
     times: dict[str, list[float]] = {name: [] for name in captures}
     seen: dict[str, tuple[float | None, Tensor | None, bool]] = {}
     for turn in range(2 if quick else 8):
@@ -167,14 +221,14 @@ def _measure(device: torch.device, quick: bool) -> Cost:
                 maps = running.maps().flatten(2) if hasattr(running, "maps") else None
                 seen[name] = peak, maps, torch.equal(result, plain)
                 del result
-    exact = seen["attention-map-diffusers' arithmetic"][1]
+    exact = seen[ARITHMETIC][1]
     ways = []
     for name, (peak, maps, same) in seen.items():
         off = None if maps is None or exact is None else (maps - exact).abs().max().item()
         ways.append(Way(name, percentiles(times[name]), peak, off, same))
     size = sum(p.numel() for p in transformer.parameters()) / 1e9
     name = f"Wan 2.1 1.3B, {size:.2f} billion random weights, bfloat16, {len(WORDS)} words in all layers"
-    return Cost(name, latents, environment(device, 0.0), ways, quick)
+    return Cost(name, latents, environment(device, 0.0), ways, quick, absent)
 
 
 def table(cost: Cost) -> Table:
@@ -192,4 +246,6 @@ def table(cost: Cost) -> Table:
             "–" if way.off is None else f"{way.off:.1e}",
             "yes" if way.same else "no",
         )
+    for name, why in cost.absent.items():
+        found.add_row(name, why, *["–"] * (len(headers) - 2))
     return found

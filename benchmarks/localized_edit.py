@@ -33,16 +33,17 @@ TASKS = ("colour", "shape", "background")
 MOST_DRAWN = 4
 #: A cell of the latents is a shape's if at least so much of its pixels is.
 TOUCHED = 0.25
-#: Of `localized_edit`. What stands where is settled in the first steps: the edit of a shape's kind leaves them to the
-#: source. Colours and the background are settled early as well: their edits begin at once, and the background's mask is
-#: known before.
+#: Of `localized_edit` and of the pipeline's call. Masks are known before, from a run of the source alone. What stands
+#: where is settled in the first steps: the edit of a shape's kind leaves them to the source. Colours and the background
+#: are settled early as well, and their edits begin at once. Colours come more often with more guidance. What holds the
+#: shape before a new background ends a cell inside it (`dilate`), because its edge's cells hold the old one as well.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "colour": {},
-    "shape": {"strength": 0.9},
-    "background": {"look": True, "dilate": 0},
+    "colour": {"look": True, "structure": 0.3, "guidance_scale": 3.0},
+    "shape": {"look": True, "structure": 0.3, "strength": 0.9},
+    "background": {"look": True, "structure": 0.8},
 }
-#: Tokens that prompts are padded to: fewer than the pipeline's own 512, which it was trained on as well.
-TOKENS = 64
+#: Of every call. Prompts are padded to fewer tokens than the pipeline's own 512, which it was trained on as well.
+CALL: dict[str, Any] = {**RECOMMENDED, "max_sequence_length": 64}
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Measured:
-    """All tasks, and how they were made."""
+    """All tasks, and how they were made; `options` are those that take the place of `OPTIONS` and `CALL`."""
 
     environment: Environment
-    call: dict[str, Any]
     options: dict[str, Any]
     seconds: float
     results: list[Result]
@@ -109,14 +109,14 @@ class Measured:
         results = [
             {
                 "task": result.kind,
-                "options": OPTIONS[result.kind] | self.options,
+                "options": CALL | OPTIONS[result.kind] | self.options,
                 "drawn": result.drawn,
                 **{name: {"mean": averages(of), "edits": [asdict(x) for x in of]} for name, of in ways(result).items()},
             }
             for result in self.results
         ]
-        settings = {"environment": asdict(self.environment), "call": self.call}
-        return json.dumps({**settings, "seconds": round(self.seconds, 1), "tasks": results})
+        written = {"environment": asdict(self.environment), "seconds": round(self.seconds, 1), "tasks": results}
+        return json.dumps(written)
 
 
 def phrase(shape: Shape) -> str:
@@ -151,7 +151,6 @@ def measure(
     pictures: int = 4,
     say: Callable[[str], None] = lambda text: None,
     options: dict[str, Any] | None = None,
-    call: dict[str, Any] | None = None,
 ) -> Measured:
     """Makes and reads the edits.
 
@@ -163,8 +162,8 @@ def measure(
         seed: Of scenes and noise.
         pictures: Edits of each kind that are kept as pictures.
         say: Is told how far it is.
-        options: Of `localized_edit`, such as `dilate`, over those of `OPTIONS`.
-        call: Of the pipeline, such as `num_inference_steps`.
+        options: Of `localized_edit`, such as `dilate`, and of the pipeline's call, such as `num_inference_steps`, in
+            place of those of `OPTIONS` and `CALL`.
     """
     from diffusers.utils import logging
 
@@ -172,7 +171,6 @@ def measure(
     pipe = load_pipeline(device)
     pipe.set_progress_bar_config(disable=True)
     judge = Judge(device=device)
-    call = {**RECOMMENDED, "max_sequence_length": TOKENS, **(call or {})}
     options = options or {}
     start, results = time.perf_counter(), []
     for kind in kinds:
@@ -180,12 +178,12 @@ def measure(
         drawing = tasks(kind, seed)
         while len(result.confined) < prompts and result.drawn < MOST_DRAWN * prompts:
             some = [next(drawing) for _ in range(min(batch, prompts))]
-            _edit(pipe, judge, some, seed + result.drawn, result, prompts, pictures, {**options, **call})
+            _edit(pipe, judge, some, seed + result.drawn, result, prompts, pictures, options)
             result.drawn += len(some)
             say(f"{kind}: {len(result.confined)} of {prompts}, {time.perf_counter() - start:.0f} s")
         results.append(result)
     where = environment(torch.device(device), 0.0)
-    return Measured(where, call, options, time.perf_counter() - start, results)
+    return Measured(where, options, time.perf_counter() - start, results)
 
 
 @torch.inference_mode()
@@ -202,7 +200,7 @@ def _edit(
     """A batch of edits, with the mask and without."""
     sources, wanted = [caption(task.scene) for task in some], [caption(task.wanted) for task in some]
     noise = torch.cat([_noise(pipe, seed + i) for i in range(len(some))])
-    given = {**OPTIONS[some[0].kind], **given, "latents": noise, "output_type": "latent"}
+    given = {**CALL, **OPTIONS[some[0].kind], **given, "latents": noise, "output_type": "latent"}
     confined = localized_edit(
         pipe,
         sources,

@@ -1,6 +1,7 @@
 """`latentfast bench`: what it lists, measures, compares and draws, and what it refuses. No test looks at a speed."""
 
 import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -151,6 +152,9 @@ def test_capture_cost(tmp_path: Path, capsys) -> None:
         assert way["added_time"] == pytest.approx(way["ms"][1] / plain["ms"][1] - 1)
         # scores of bfloat16, and the other arithmetic rounds masses of a few hundredths to bfloat16 as well
         assert way["off"] < 1e-3
+    here = importlib.util.find_spec("attention_map_diffusers") is not None
+    assert written["absent"] == ({} if here else {"attention-map-diffusers": "not installed"})
+    assert ("attention-map-diffusers" in [way["name"] for way in captures]) == here == ("not installed" not in out)
 
 
 @pytest.mark.slow

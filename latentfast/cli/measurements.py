@@ -88,6 +88,9 @@ def localized_edit(
     strength: Annotated[
         float | None, typer.Option(help="Share of the steps in which the edit acts; default: by kind.")
     ] = None,
+    structure: Annotated[
+        float | None, typer.Option(help="Share of the steps with the source's queries and keys; default: by kind.")
+    ] = None,
     dilate: Annotated[int | None, typer.Option(min=0, help="Cells that are added around the mask.")] = None,
     look: Annotated[
         bool | None, typer.Option("--look/--grow", help="A run of the source first, or masks that grow.")
@@ -103,7 +106,13 @@ def localized_edit(
     for name in kind or ():
         if name not in module.TASKS:
             raise UserError(f"--kind: expected one of {', '.join(module.TASKS)}, got '{name}'")
-    options = {"strength": strength, "dilate": dilate, "look": look}
+    options = {
+        "strength": strength,
+        "structure": structure,
+        "dilate": dilate,
+        "look": look,
+        "num_inference_steps": steps,
+    }
     found = module.measure(
         device_of(device),
         prompts,
@@ -112,7 +121,6 @@ def localized_edit(
         seed=seed,
         say=console().print,
         options={name: value for name, value in options.items() if value is not None},
-        call={} if steps is None else {"num_inference_steps": steps},
     )
     _finish(module, found, out)
     if out is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,6 @@ from latentfast.integrations.diffusers import AttentionCapture, localized_edit
 from latentfast.integrations.diffusers.localized_edit import SideBySide
 from latentfast.integrations.diffusers.masks import attention_mask, dilated, sharpen
 from latentfast.integrations.diffusers.sampling import clean_estimate
-from latentfast.integrations.diffusers.words import changed_words, prompt_tokens, token_spans
 from latentfast.tiny import load_pipeline
 
 CALL: dict[str, Any] = {
@@ -228,15 +226,6 @@ def test_words_that_only_the_edit_has(pipe: WanPipeline) -> None:
         localized_edit(pipe, "a red circle", "a red circle and a blue star", look=True, latents=noise(), **CALL)
 
 
-@pytest.mark.parametrize(
-    "item", [AttentionCapture, localized_edit, attention_mask, changed_words, prompt_tokens, token_spans]
-)
-def test_the_example_runs(item: Any) -> None:
-    (test,) = (t for t in doctest.DocTestFinder(recurse=False).find(item, item.__name__) if t.examples)
-    output: list[str] = []
-    assert doctest.DocTestRunner(verbose=False).run(test, out=output.append).failed == 0, "".join(output)
-
-
 # ------------------------------------------------------------------------------------------------------------ masks
 
 
@@ -273,6 +262,15 @@ def test_masks_have_the_outlines_of_the_latents() -> None:
     # the enlarged map alone is no such mask at any height
     plain = latentfast.heatmap_to_mask(maps.flatten(2), (3, 4, 4), (3, 16, 16))[:, :1]
     assert not any(torch.equal((plain > height / 20).float(), truth(0)) for height in range(20))
+
+
+def test_the_attention_says_whose_a_cell_is() -> None:
+    latents, maps, truth = two_squares()
+    latents[:, :, :, 5:7, 3:6] = latents[:, :, :, 10:12, 9:12]  # a part of the first square has the second's colour
+    maps[:, 1, :, 1, 0:2] = 0.4  # and the second word some attention there
+    found, other = attention_mask(maps, latents), attention_mask(maps.flip(1), latents)
+    assert torch.equal(found * truth(0), truth(0)) and (found * truth(1)).sum() == 0
+    assert torch.equal(other * truth(1), truth(1)) and (other * truth(0)).sum() == 0
 
 
 def test_sharpened_maps_are_probabilities() -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TextAttention", "guided_in_one_batch", "text_attentions", "token_grid"]
+__all__ = [
+    "TextAttention",
+    "VideoAttention",
+    "by_name",
+    "guided_in_one_batch",
+    "text_attentions",
+    "token_grid",
+    "video_attentions",
+]
 
 #: (queries' hook, keys' hook, arguments of the attention's call) -> q (B, H, Nq, D), k (B, H, Nk, D), as attention
 #: gets them: after norm and rotary embedding.
@@ -39,6 +48,37 @@ class TextAttention:
     def read(self, queries: Tensor, keys: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """q `(B, H, Nq, D)` of the video and k `(B, H, Nk, D)` of the text, of the two modules' outputs."""
         return self.reader(self.module, queries, keys, call)
+
+
+@dataclass(frozen=True)
+class VideoAttention:
+    """One layer in which the video's tokens attend to each other.
+
+    Attributes:
+        module: the attention.
+        queries, keys: the modules whose outputs hold the video's queries and keys.
+        dim: the dimension of the tokens in these outputs.
+        text: where joint attention has the text's tokens in it; empty where it has none there.
+    """
+
+    module: nn.Module
+    queries: nn.Module
+    keys: nn.Module
+    dim: int = 1
+    text: Literal["", "first", "last"] = ""
+
+    def video(self, x: Tensor, call: dict[str, Any]) -> Tensor:
+        """The video's tokens in queries or keys, a view; `call` holds the arguments of the attention's call."""
+        if not self.text:
+            return x
+        text = call["encoder_hidden_states"].shape[1]
+        start = text if self.text == "first" else 0
+        return x.narrow(self.dim, start, x.shape[self.dim] - text)
+
+
+def by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's call by name, also those that come by position."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _cross(attention: Any, queries: Tensor, keys: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -115,10 +155,40 @@ def text_attentions(model: nn.Module) -> list[TextAttention]:
     raise ValueError(f"pipe must have a transformer of {known}, got {type(model).__name__}")
 
 
+def video_attentions(model: nn.Module) -> list[VideoAttention]:
+    """A transformer's layers in which the video attends to itself, in the order in which they run.
+
+    Raises:
+        ValueError: the model isn't known.
+    """
+    blocks: Any = getattr(model, "blocks", None) or getattr(model, "transformer_blocks", [])
+    if _of(model, "WanTransformer3DModel"):
+        return [_video(block.attn1) for block in blocks]
+    if _of(model, "CogVideoXTransformer3DModel"):
+        return [_video(block.attn1, 2, "first") for block in blocks]
+    if _of(model, "HunyuanVideoTransformer3DModel"):
+        singles: Any = model.single_transformer_blocks
+        return [_video(block.attn) for block in blocks] + [_video(block.attn, 1, "last") for block in singles]
+    if _of(model, "MochiTransformer3DModel"):
+        return [_video(block.attn1) for block in blocks]
+    known = "Wan, CogVideoX, HunyuanVideo and Mochi"
+    raise ValueError(f"structure needs a transformer of {known}, got {type(model).__name__}: pass structure=0")
+
+
+def _video(attention: Any, dim: int = 1, text: Literal["", "first", "last"] = "") -> VideoAttention:
+    _check_norms(attention, "norm_k")
+    return VideoAttention(attention, attention.norm_q, attention.norm_k, dim, text)
+
+
 def _normed(attention: Any, reader: Read, keys: str = "norm_k") -> TextAttention:
+    _check_norms(attention, keys)
+    return TextAttention(attention, attention.norm_q, getattr(attention, keys), reader)
+
+
+def _check_norms(attention: Any, keys: str) -> None:
+    # The norms see what fused projections give as well, so it is them that are hooked.
     if attention.norm_q is None or getattr(attention, keys) is None:
         raise ValueError(f"pipe's attention must normalise its queries and keys, {type(attention).__name__} does not")
-    return TextAttention(attention, attention.norm_q, getattr(attention, keys), reader)
 
 
 def token_grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:

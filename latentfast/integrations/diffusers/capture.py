@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -11,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentfast.integrations.diffusers._attention import TextAttention, guided_in_one_batch, text_attentions, token_grid
+from latentfast.integrations.diffusers._attention import (
+    TextAttention,
+    by_name,
+    guided_in_one_batch,
+    text_attentions,
+    token_grid,
+)
 from latentfast.integrations.diffusers.words import PromptTokens, Words, prompt_tokens
 from latentfast.ops.mask import token_heatmap
 
@@ -163,7 +168,7 @@ class AttentionCapture:
 
     def _starts(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each call of a transformer: does it count, and for what rows?"""
-        given = _by_name(model, args, kwargs)
+        given = by_name(model, args, kwargs)
         self._weight = self._counts(given.get("timestep"))
         if not self._weight:
             return
@@ -230,7 +235,7 @@ class _Reader:
 
     def _called(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._capture._weight:
-            self._call = _by_name(module, args, kwargs)
+            self._call = by_name(module, args, kwargs)
 
     def _got_queries(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         if self._capture._weight:
@@ -244,11 +249,6 @@ class _Reader:
         q, k = self._block.read(self._queries[rows], output[rows], self._call)
         self._queries, self._call = None, {}
         self._capture._add(q.detach(), k.detach(), self._weight)
-
-
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a module's call by name, also those that come by position."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _groups(

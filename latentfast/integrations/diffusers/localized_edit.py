@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentfast.integrations.diffusers._structure import SourceStructure
 from latentfast.integrations.diffusers.capture import AttentionCapture, Weights
 from latentfast.integrations.diffusers.masks import attention_mask, dilated
 from latentfast.integrations.diffusers.sampling import clean_estimate, frame_dim, setting, starting_noise
@@ -107,6 +108,7 @@ def localized_edit(
     strengths: Sequence[float] = (1.0,),
     strength: float = 1.0,
     until: float = 1.0,
+    structure: float = 0.3,
     observe: float = 0.1,
     dilate: int = 1,
     background: float = 0.7,
@@ -143,8 +145,12 @@ def localized_edit(
         strengths: How much of each direction, over all acting steps together.
         strength: The share of the steps, from the end, in which the edit acts, in (0, 1]: before, it is the source.
         until: The share of the steps after which it runs free until the last one, where the mask has the last word.
+        structure: The share of the steps, from the first, in which the edit's video attends to itself as the source's
+            does: the queries and keys of self-attention are the source's, the values its own, so that what stands where
+            stays (Tumanyan et al. 2023, Plug-and-Play Diffusion Features, section 4.2). 0: never, and no hook is set.
         observe: Without `look`: the share of the steps before the mask is first drawn; until then nothing is edited.
-        dilate: Cells of the latents that are added around the mask.
+        dilate: Cells of the latents that are added around the mask. With `invert` it so reaches into what `words` name,
+            whose cells on the edge hold some of the old background, too.
         background: See `sharpen`.
         layers: Of the attention, see `AttentionCapture`.
         steps: Of the attention, see `AttentionCapture`.
@@ -182,6 +188,8 @@ def localized_edit(
         raise ValueError(f"dilate must not be negative, got {dilate}")
     if not 0 < background <= 1:
         raise ValueError(f"background must be above 0 and up to 1, got {background}")
+    if not 0 <= structure <= 1:
+        raise ValueError(f"structure must be in [0, 1], got {structure}")
     if not 0 <= observe < 1:
         raise ValueError(f"observe must be in [0, 1), got {observe}")
     noise = starting_noise(pipe, call, generator) if latents is None else latents
@@ -191,19 +199,22 @@ def localized_edit(
     count = int(setting(pipe, call, "num_inference_steps"))
     length = setting(pipe, call, "max_sequence_length")
     attention = _Attention(pipe, frame_dim(pipe, noise), dilate, background, invert, layers, steps, length)
+    layout = SourceStructure(pipe, max(1, round(structure * count))) if structure else None
     looked = _Captures({})
+    if mask is None:
+        named, named_edits = _named(words, edit_words, sources, edits, look)
+        kept = _per_clip("keep", keep, len(sources))
+        if look:
+            with attention.watch(sources, named, kept) as looked:
+                clean = _run(pipe, sources, noise, call, output_type="latent")
+            mask = attention.mask(looked, clean)
     with ExitStack() as stack:
+        if layout is not None:
+            stack.enter_context(layout)  # before the captures: they read what attention gets
         if mask is None:
-            named, named_edits = _named(words, edit_words, sources, edits, look)
-            kept = _per_clip("keep", keep, len(sources))
-            if look:
-                with attention.watch(sources, named, kept) as looked:
-                    clean = _run(pipe, sources, noise, call, output_type="latent")
-                mask = attention.mask(looked, clean)
-            else:
-                both = [*sources, *edits], [*named, *named_edits], [*kept, *kept]
-                looked = stack.enter_context(attention.watch(*both))
-                mask = attention.growing(looked, torch.cat([noise, noise]), max(1, round(observe * count)))
+            both = [*sources, *edits], [*named, *named_edits], [*kept, *kept]
+            looked = stack.enter_context(attention.watch(*both))
+            mask = attention.growing(looked, torch.cat([noise, noise]), max(1, round(observe * count)))
         confined = SideBySide(
             mask if callable(mask) else _always(mask.to(noise)),
             count,
@@ -211,8 +222,14 @@ def localized_edit(
             directions=directions,
             strengths=[] if directions is None else strengths,
         )
+
+        def on_step(step: int, latents: Tensor) -> Tensor:
+            if layout is not None:
+                layout.stepped(step)
+            return confined(step, latents)
+
         pair = torch.cat([noise, noise])
-        frames = _run(pipe, [*sources, *edits], pair, call, output_type=output_type, on_step=confined)
+        frames = _run(pipe, [*sources, *edits], pair, call, output_type=output_type, on_step=on_step)
     if confined.mask is None or confined.latents is None:
         raise ValueError("mask must be known by the last step, the function gave None")
     source, edited = confined.latents.chunk(2)

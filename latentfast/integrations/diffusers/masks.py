@@ -17,7 +17,8 @@ def attention_mask(
     """Where words are, cell by cell of the latents, of the attention paid to them.
 
     The maps are enlarged to the latents' size, each is weighted by its share of all maps (objects compete for a cell),
-    and `sharpen` finds the outlines in the latents themselves.
+    and `sharpen` finds the outlines of all objects together in the latents themselves. Whose a cell is, the weighted
+    maps alone decide: in the latents two objects of like colours may be one.
 
     Args:
         heat: Maps `(B, G, t, h, w)` of `AttentionCapture.maps`; the first is what is looked for, the others are what
@@ -61,7 +62,9 @@ def attention_mask(
         attention = low + (high - low) * maps
         maps = maps * attention / attention.sum(1, keepdim=True).clamp_min(tiny)
         maps = maps / maps.amax((2, 3, 4), keepdim=True).clamp_min(tiny)
-    objects = (sharpen(maps, latents, background=background) > 0.5).to(latents.dtype)
+    anything = sharpen(maps, latents, background=background).sum(1, keepdim=True) > 0.5
+    owner = torch.zeros_like(maps).scatter_(1, maps.argmax(1, keepdim=True), 1.0)
+    objects = (anything * owner).to(latents.dtype)
     found = dilated(objects[:, :1], dilate)
     if heat.shape[1] == 1:
         return found
