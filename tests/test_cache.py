@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentfast.cache import Key, LatentCache, environment
+import latentfast.cache
+from latentfast.cache import Key, LatentCache, digest_module, digest_tensor, environment
 
 DTYPES = [
     torch.float64,
@@ -374,6 +378,13 @@ def test_nearest_passes_over_what_has_gone(tmp_path: Path, vectors) -> None:
         (tmp_path / "entries" / f"{key(4).digest}.safetensors").unlink()
         found = cache.nearest(vectors[4] + 0.01 * vectors[5], scope=scope, sigma=0.5, threshold=0.9)
         assert found.key == key(5)
+        for i in range(30):  # more than are read from the device at once
+            cache.put(key(f"gone {i}"), {"x": torch.ones(1)}, scope=scope, sigma=0.5, embedding=vectors[4])
+        cache.flush()
+        for i in range(30):
+            (tmp_path / "entries" / f"{key(f'gone {i}').digest}.safetensors").unlink()
+        assert cache.nearest(vectors[4], scope=scope, sigma=0.5, threshold=0.9).key in (key(3), key(5))
+        assert cache.nearest(torch.ones(5), scope=scope, sigma=0.5, threshold=-1) is None  # another model's width
 
 
 def test_bad_embeddings_are_refused() -> None:
@@ -407,3 +418,28 @@ def test_statistics_count(tmp_path: Path) -> None:
         entries = cache.entries()
         assert [json.loads(entry.description)["names"] for entry in entries] == [["3"], ["2"], ["1"], ["0"]]
         assert all(entry.seconds == 2.0 and entry.uses == 2 for entry in entries)
+
+
+# -- what the documents say -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", [Key.of, LatentCache, digest_tensor, digest_module, environment], ids=str)
+def test_the_examples_run(item) -> None:
+    tests = [test for test in doctest.DocTestFinder(recurse=False).find(item, "example", globs={}) if test.examples]
+    assert len(tests) == 1
+    output: list[str] = []
+    assert doctest.DocTestRunner(verbose=False).run(tests[0], out=output.append).failed == 0, "".join(output)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cache.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["found"].similarity > 0.9
+
+
+@pytest.mark.parametrize("name", latentfast.cache.__all__)
+def test_everything_public_has_a_docstring(name: str) -> None:
+    assert inspect.getdoc(getattr(latentfast.cache, name))

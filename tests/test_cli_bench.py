@@ -205,6 +205,20 @@ def test_share_of_step(tmp_path: Path, capsys) -> None:
             assert part["share"] == pytest.approx(us / (us + calls["us"][1]))
 
 
+def test_cache_io(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("safetensors")
+    arguments = ["--device", "cpu", "--quick", "--folder", tmp_path, "--out", tmp_path / "io.json"]
+    status, out, _ = run(capsys, "cache-io", *arguments)
+    assert status == 0 and "load: cache, from the disk, checked" in out and "loop: nothing saved" in out
+    written = json.loads((tmp_path / "io.json").read_text())
+    seconds = {timing["name"]: timing["seconds"][1] for timing in written["timings"]}
+    compared = [timing for timing in written["timings"] if timing["against"]]
+    assert len(compared) == 6 and not written["wrong"]
+    for timing in compared:
+        assert timing["ratio"] == pytest.approx(timing["seconds"][1] / seconds[timing["against"]])
+    assert [path.name for path in tmp_path.iterdir()] == ["io.json"]
+
+
 def test_vae_decode(tmp_path: Path, capsys) -> None:
     pytest.importorskip("diffusers")
     status, out, _ = run(capsys, "vae-decode", "--device", "cpu", "--quick", "--out", tmp_path / "vae.json")

@@ -58,6 +58,11 @@ class Scenario:
     exponent: float = 5.0
     damage: bool = False
 
+    @property
+    def hindered(self) -> bool:
+        """Whether there is a reason not to keep what was put."""
+        return self.damage or self.file_limit is not None or self.disk_size is not None
+
 
 SCENARIOS = (
     Scenario("kills alone"),
@@ -70,7 +75,7 @@ SCENARIOS = (
 
 @dataclass
 class Counts:
-    """What happened in a scenario; the last four must be 0."""
+    """What happened in a scenario; from `wrong` on all must be 0 (`refused`: put, not kept, and nothing in the way)."""
 
     scenario: str
     kills: int = 0
@@ -84,12 +89,13 @@ class Counts:
     lost: int = 0
     stuck: int = 0
     left_behind: int = 0
+    refused: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
         """Whether one of them is not."""
-        return bool(self.wrong or self.lost or self.stuck or self.left_behind)
+        return bool(self.wrong or self.lost or self.stuck or self.left_behind or self.refused)
 
 
 def key(number: int) -> Key:
@@ -250,6 +256,7 @@ def torment(scenario: Scenario, kills: int, seed: int, folder: Path) -> Counts:
         seen = Counter(letter for letter, _ in told)
         counts.puts += seen["c"] + seen["p"]
         counts.confirmed += seen["c"]
+        counts.refused += 0 if scenario.hindered else seen["p"]
         counts.hits += seen["h"]
         counts.misses += seen["m"]
         counts.wrong += seen["w"]
@@ -332,9 +339,8 @@ def main() -> int:
             counts = torment(scenario, -(-options.kills // len(SCENARIOS)), options.seed + i, where)
             print(json.dumps(vars(counts)), flush=True)
             found.append(counts)
-    total = {name: sum(getattr(counts, name) for counts in found) for name in ("kills", "confirmed", "hits", "damaged")}
-    bad = {name: sum(getattr(counts, name) for counts in found) for name in ("wrong", "lost", "stuck", "left_behind")}
-    print(json.dumps(total | bad))
+    names = ("kills", "confirmed", "hits", "damaged", "wrong", "lost", "stuck", "left_behind", "refused")
+    print(json.dumps({name: sum(getattr(counts, name) for counts in found) for name in names}))
     if options.out is not None:
         options.out.write_text("".join(json.dumps(vars(counts)) + "\n" for counts in found), encoding="utf-8")
     return int(any(counts.failed for counts in found))

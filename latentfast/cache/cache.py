@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -25,6 +26,9 @@ from latentfast.cache.tiers import CPU, Tiers
 from latentfast.cache.transfer import as_made, is_capturing
 
 __all__ = ["LatentCache"]
+
+
+_open: weakref.WeakSet[LatentCache] = weakref.WeakSet()
 
 
 class LatentCache:
@@ -86,8 +90,9 @@ class LatentCache:
         self._saved = 0.0
         self._process = os.getpid()
         self._closed = False
-        if self._disk is not None:
-            weakref.finalize(self, self._disk.close)
+        self._finalizer = weakref.finalize(self, _finish, self._tiers, self._disk, self._process)
+        self._finalizer.atexit = False
+        _open.add(self)
 
     @property
     def _shut(self) -> bool:
@@ -166,7 +171,7 @@ class LatentCache:
     # -- get ---------------------------------------------------------------------------------------------------------
 
     def get(self, key: Key, *, device: str | torch.device | None = None, copy: bool = True) -> dict[str, Tensor] | None:
-        """The tensors of a key, with the bits that were put; None if they are not there.
+        """The tensors of a key, with the bits that were put; None if they are not there, or a CUDA graph is captured.
 
         Args:
             key: what is asked for; the entry's description must be the same, not only its digest.
@@ -185,7 +190,7 @@ class LatentCache:
         return found
 
     def _get(self, key: Key, device: torch.device, copy: bool = True, exact: bool = True) -> dict[str, Tensor] | None:
-        if self._shut:
+        if self._shut or is_capturing():
             return None
         with torch.inference_mode(False), torch.no_grad():
             found = self._tiers.find(key, device)
@@ -279,15 +284,16 @@ class LatentCache:
             raise ValueError(f"sigma_tolerance: expected at least 0, got {sigma_tolerance!r}")
         digest = _check_key(scope).digest
         index = None if self._disk is None else self._disk.index
-        for found, similarity, at in self._neighbours.search(index, digest, embedding, float(sigma), sigma_tolerance):
-            if similarity < threshold:
-                return None
-            key = found if isinstance(found, Key) else self._key_of(found)
-            tensors = None if key is None else self._get(key, _device(device), exact=False)
-            if key is None or tensors is None:
+        while candidates := self._neighbours.search(index, digest, embedding, float(sigma), sigma_tolerance):
+            for found, similarity, at in candidates:
+                if similarity < threshold:
+                    return None
+                key = found if isinstance(found, Key) else self._key_of(found)
+                tensors = None if key is None else self._get(key, _device(device), exact=False)
+                if key is not None and tensors is not None:
+                    return Approximate(key, similarity, at, tensors)
+                # the entry has gone since
                 self._neighbours.remove(digest, found.digest if isinstance(found, Key) else found)
-                continue
-            return Approximate(key, similarity, at, tensors)
         return None
 
     def _key_of(self, digest: str) -> Key | None:
@@ -308,9 +314,8 @@ class LatentCache:
         if self._shut:
             return
         self._closed = True
-        self._tiers.close()
-        if self._disk is not None:
-            self._disk.close()
+        self._finalizer.detach()
+        _close(self._tiers, self._disk)
 
     def stats(self) -> Stats:
         """What was found, missed, held and let go so far, in this process."""
@@ -355,6 +360,26 @@ def _of(tiers: list[Tier], hits: int, budget: int) -> TierStats:
         budget * max(len(tiers), 1),
         sum(tier.evictions for tier in tiers),
     )
+
+
+def _close(tiers: Tiers, disk: Disk | None) -> None:
+    tiers.close()
+    if disk is not None:
+        disk.close()
+
+
+def _finish(tiers: Tiers, disk: Disk | None, process: int) -> None:
+    """Close the parts of a cache that nobody has any more."""
+    if os.getpid() == process:
+        # Garbage is collected anywhere: where a lock is held, or in one of the threads that this waits for.
+        threading.Thread(target=_close, args=(tiers, disk), name="latentfast-cache-close").start()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At the interpreter's end, when it is too late for a thread."""
+    for cache in list(_open):
+        cache.close()
 
 
 def _check_key(key: Any) -> Key:

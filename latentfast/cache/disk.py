@@ -18,7 +18,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +295,10 @@ class Disk:
         except BaseException:
             for _, file in group:
                 file.drop()
+            with suppress(sqlite3.Error):
+                index.release([file.temporary.name for _, file in group])
+            # Some may have appeared, of which the index has taken back what it knew.
+            self._sweep_quietly({file.header.key.digest for _, file in group})
             raise
 
     def _remove(self, digest: str) -> None:
@@ -342,12 +346,15 @@ class Disk:
             self._warn("open", f"{self.path} can't be written any more ({again})")
             self._retire()
 
-    def _sweep_quietly(self) -> None:
+    def _sweep_quietly(self, unsure: Iterable[str] = ()) -> None:
         with suppress(OSError, sqlite3.Error):
-            self._sweep()
+            self._sweep(unsure)
 
-    def _sweep(self) -> None:
-        """Remove what dead writers left, and let the index agree with the files. One process at a time does it."""
+    def _sweep(self, unsure: Iterable[str] = ()) -> None:
+        """Remove what dead writers left, and let the index agree with the files. One process at a time does it.
+
+        Of the entries in ``unsure`` the index may know another size than the files have.
+        """
         if self._index is None or self._writer is None:
             return
         with alone(self.path / "sweep.lock") as is_alone:
@@ -361,7 +368,7 @@ class Disk:
                 if writer in dead:
                     (self._entries / name).unlink(missing_ok=True)
             # A writer may have died between letting a file appear and saying so.
-            unsure = set().union(*(self._index.bury(writer) for writer in dead))
+            unsure = set(unsure).union(*(self._index.bury(writer) for writer in dead))
             there = {name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)}
             # In this order: what is published in the meantime is in one of the two.
             known = self._index.being_written()

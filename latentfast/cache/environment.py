@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ SERVES = {"native-cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",), "eager
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part, the installed ones."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    # looked up once: it takes milliseconds, and what a process has imported does not change
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -271,11 +271,6 @@ class Index:
         with self._lock:
             return {digest for (digest,) in self._db.execute("SELECT digest FROM writing")}
 
-    def place_ids(self, scope: str) -> list[int]:
-        """The embeddings of a scope, in the order in which they came."""
-        with self._lock:
-            return [row for (row,) in self._db.execute("SELECT id FROM places WHERE scope = ? ORDER BY id", (scope,))]
-
     def places(self, scope: str, after: int) -> list[tuple[int, str, float, bytes]]:
         """(id, digest, sigma, embedding) of a scope's embeddings with larger ids."""
         with self._lock:

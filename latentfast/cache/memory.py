@@ -6,10 +6,11 @@ put waits while everything in the tier is on its way to the tier below. That is 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Condition
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from latentfast.cache.key import Key
 from latentfast.cache.layout import Layout
 
-__all__ = ["Slot", "Tier", "device_memory", "fresh_memory", "host_memory", "release_host_memory"]
+__all__ = ["Slot", "Tier", "device_memory", "fresh_memory", "host_memory", "let_others_capture", "release_host_memory"]
 
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _OWN_PAGES_FROM = 64 << 10  # a smaller buffer is not worth pages of its own
 
 
@@ -116,13 +118,16 @@ class Tier:
     def _value(self, slot: Slot) -> None:
         slot.credit = self._age + slot.uses * slot.seconds / max(slot.nbytes, 1)
 
-    def admit(self, key: Key, layout: Layout, seconds: float, *, wait: bool, passing: bool = False) -> Slot | None:
+    def admit(
+        self, key: Key, layout: Layout, seconds: float, *, wait: bool, passing: bool = False, keep: bool = True
+    ) -> Slot | None:
         """A pinned slot for an entry, in place of the one it had; None if there is no room.
 
         Args:
             key, layout, seconds: the entry's.
             wait: whether to wait until pins are taken away.
             passing: whether an entry larger than the budget may come in for as long as it is pinned.
+            keep: whether it stays when it is pinned no more; else its buffer is there for the next one.
         """
         fits = layout.nbytes <= self.budget
         if not fits and not passing:
@@ -135,7 +140,7 @@ class Tier:
             if not wait:
                 return None
             self.changed.wait()
-        slot = Slot(key, layout, seconds, kept=fits)
+        slot = Slot(key, layout, seconds, kept=fits and keep)
         if fits:
             self.used += slot.nbytes
             slot.buffer = self._take_spare(slot.nbytes)
@@ -255,12 +260,37 @@ def host_memory(nbytes: int) -> Tensor:
     """
     buffer = fresh_memory(nbytes)
     if nbytes >= _OWN_PAGES_FROM and torch.cuda.is_available() and torch.cuda.is_initialized():
-        # portable: for the contexts of all devices; where it fails, copies merely wait
-        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 1)
+        with _others_may_capture():
+            # portable: for the contexts of all devices; where it fails, copies merely wait
+            torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 1)
     return buffer
 
 
 def release_host_memory(buffer: Tensor) -> None:
     """Before a buffer's memory goes back to the system, it must not be page-locked any more."""
     if buffer.nbytes >= _OWN_PAGES_FROM and torch.cuda.is_available() and buffer.is_pinned():
-        torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+        with _others_may_capture():
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def let_others_capture() -> ctypes.c_int:
+    """What this thread calls from now on does not spoil a CUDA graph that another one captures; the mode until now.
+
+    A capture forbids calls such as page-locking memory to all threads but those that are in relaxed mode.
+    """
+    return _exchange_capture_mode(ctypes.c_int(_RELAXED))
+
+
+def _exchange_capture_mode(mode: ctypes.c_int) -> ctypes.c_int:
+    with suppress(OSError, AttributeError):  # no driver: nothing to capture
+        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    return mode
+
+
+@contextmanager
+def _others_may_capture() -> Iterator[None]:
+    before = let_others_capture()
+    try:
+        yield
+    finally:
+        _exchange_capture_mode(before)

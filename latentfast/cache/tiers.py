@@ -22,9 +22,17 @@ from latentfast.cache.digest import submit
 from latentfast.cache.disk import Disk
 from latentfast.cache.key import Key
 from latentfast.cache.layout import Header, Layout
-from latentfast.cache.memory import Slot, Tier, device_memory, fresh_memory, host_memory, release_host_memory
+from latentfast.cache.memory import (
+    Slot,
+    Tier,
+    device_memory,
+    fresh_memory,
+    host_memory,
+    let_others_capture,
+    release_host_memory,
+)
 from latentfast.cache.near import Place
-from latentfast.cache.transfer import Transfers
+from latentfast.cache.transfer import Transfers, on
 
 __all__ = ["Found", "Tiers"]
 
@@ -78,7 +86,7 @@ class Tiers:
         # One thread each: they are started when there is work, end with the cache, and finish what they have at the
         # interpreter's end. What waits for nothing but a device has a thread of its own, as others may wait for it.
         self._down, self._writer, self._ahead, self._after = (
-            ThreadPoolExecutor(1, thread_name_prefix=f"latentfast-cache-{name}")
+            ThreadPoolExecutor(1, f"latentfast-cache-{name}", initializer=let_others_capture)
             for name in ("down", "write", "ahead", "after")
         )
 
@@ -176,7 +184,8 @@ class Tiers:
                 stored = self.disk is None and above is not None and above.kept
                 return
             if slot.buffer is None:
-                slot.buffer = host_memory(layout.nbytes)
+                with on(CPU if above is None else above.filled().device):
+                    slot.buffer = host_memory(layout.nbytes)
             if above is None:
                 layout.pack(tensors, slot.buffer)
             else:
@@ -238,9 +247,9 @@ class Tiers:
     def find(self, key: Key, device: torch.device, keep: bool = False) -> Found | None:
         """The entry on a device, brought there and into that tier if it was elsewhere; None for a miss.
 
-        What is read from the disk for the CPU enters the host's tier when it is read for the second time, or with
-        ``keep``: until then its buffer is the caller's own, without another copy, and a long trajectory that is looked
-        at once pushes nothing out.
+        What is read from the disk stays in the host's tier from the second time on, or with ``keep``: a long trajectory
+        that is looked at once pushes nothing out, on the CPU its buffers are the caller's own without another copy, and
+        on the way to a GPU a few page-locked ones serve all of it.
         """
         with self.changed:
             tiers = self.everywhere()
@@ -252,9 +261,8 @@ class Tiers:
             if self.disk is not None:
                 self.disk.touch(key.digest)
         elif self.disk is not None:
-            again = self._read_once.pop(key.digest, False)
-            keep = keep or again or device.type == "cuda"
-            found = self._load(self.disk, key, keep)
+            keep = self._read_once.pop(key.digest, False) or keep
+            found = self._load(self.disk, key, device, keep)
             if found is not None and not keep:
                 self._read_once[key.digest] = True
                 while len(self._read_once) > _REMEMBERED:
@@ -278,15 +286,16 @@ class Tiers:
                 return None
             self.changed.wait()
 
-    def _load(self, disk: Disk, key: Key, keep: bool) -> Found | None:
-        """Read an entry from the disk, if it is to be kept into the host's tier, if there is room without waiting."""
+    def _load(self, disk: Disk, key: Key, device: torch.device, keep: bool) -> Found | None:
+        """Read an entry from the disk into the host's tier, if it may stay or goes on, and there is room at once."""
         slot: Slot | None = None
 
         def room(header: Header) -> Tensor:
             nonlocal slot
             with self.changed:
-                if keep and self.host.find(key) is None:  # else somebody has put or read it in the meantime
-                    slot = self.host.admit(header.key, header.layout, header.seconds, wait=False)
+                # what is there now was put or read by somebody in the meantime
+                if (keep or device.type == "cuda") and self.host.find(key) is None:
+                    slot = self.host.admit(header.key, header.layout, header.seconds, wait=False, keep=keep)
             nbytes = header.layout.nbytes
             if slot is None:
                 return fresh_memory(nbytes)
@@ -365,7 +374,8 @@ class Tiers:
         brought = 0
         for key in keys:
             try:
-                found = self.find(key, device, keep=True)
+                with on(device):
+                    found = self.find(key, device, keep=True)
             except Exception as error:
                 logger.warning("latent cache: read-ahead stopped: %s: %s", type(error).__name__, error)
                 return

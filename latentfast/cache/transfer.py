@@ -5,18 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from latentfast.cache.memory import Slot, device_memory
 
-__all__ = ["Transfers", "as_made", "is_capturing"]
+__all__ = ["Transfers", "as_made", "is_capturing", "on"]
 
 
 def is_capturing() -> bool:
     """Whether the current stream records a CUDA graph: memory that is kept for later can't come from there."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, a GPU is the current one: a thread that has used none would set up the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Transfers:
@@ -95,6 +101,9 @@ def as_made(make: Callable[[], Mapping[str, Tensor]]) -> tuple[Mapping[str, Tens
 
     def measured() -> float:
         last.synchronize()
-        return max(seconds, first.elapsed_time(last) / 1e3)
+        try:
+            return max(seconds, first.elapsed_time(last) / 1e3)
+        except RuntimeError:  # two devices: between theirs no time is measured
+            return seconds
 
     return made, measured
