@@ -64,7 +64,8 @@ def test_generate(kind: str, request: pytest.FixtureRequest, tmp_path: Path, cap
     made(capsys, "generate", "a red circle", "--model", model, *SIZE, "--out", again, "--seed", 3)
     made(capsys, "generate", "a red circle", "--model", model, *SIZE, "--out", other, "--seed", 4)
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
-    assert sorted(tree(tmp_path)) == ["a", "a/clip.mp4", "again.mp4", "other.mp4"]
+    files = ["a/clip.mp4", "a/clip.run.json", "again.mp4", "again.run.json", "other.mp4", "other.run.json"]
+    assert sorted(tree(tmp_path)) == ["a", *files]
 
 
 def test_generate_keeps_the_latents(wan_folder: Path, tmp_path: Path, capsys) -> None:

@@ -219,6 +219,20 @@ def test_cache_io(tmp_path: Path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["io.json"]
 
 
+@pytest.mark.slow
+def test_resume(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    status, out, _ = run(capsys, "resume", "--device", "cpu", "--quick", "--out", tmp_path / "resume.json")
+    assert status == 0 and "edited after 2 steps" in out and "asked for again" in out
+    cases = json.loads((tmp_path / "resume.json").read_text())["cases"]
+    assert len(cases) == 2 and all(case["same_bits"] for case in cases)
+    for case in cases:
+        assert case["again_share"] == pytest.approx(case["again"] / case["first"])
+        for edit in case["edits"]:
+            left = (case["steps"] - edit["step"]) / case["steps"]
+            assert edit["excess"] == pytest.approx(edit["seconds"] / case["plain"] - left)
+
+
 def test_vae_decode(tmp_path: Path, capsys) -> None:
     pytest.importorskip("diffusers")
     status, out, _ = run(capsys, "vae-decode", "--device", "cpu", "--quick", "--out", tmp_path / "vae.json")

@@ -12,13 +12,14 @@ from cli_helpers import tree
 from PIL import Image
 
 import latentfast
+from latentfast.cache.environment import active_backend
 from latentfast.cli import recipes, report, video
 from latentfast.cli.errors import UserError
 from latentfast.cli.loading import load_pipeline
 from latentfast.cli.output import atomic_outputs
-from latentfast.cli.record import active_backend, checksum
 from latentfast.cli.sampler import Sampler
 from latentfast.cli.timing import time_operations
+from latentfast.session.record import checksum
 
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from cli_helpers import SIZE, tree
 from safetensors.torch import load_file
 
 from latentfast.cli import demo, main, timing
-from latentfast.cli.record import checksum
+from latentfast.session.record import checksum
 
 pytest_plugins = ("cli_fixtures",)
 pytestmark = pytest.mark.usefixtures("one_thread")

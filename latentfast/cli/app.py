@@ -67,12 +67,20 @@ def generate(
     seed: Seed = 0,
     fps: Fps = 16,
     save_latents: SaveLatents = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A latent cache: what was made is found there, and what was interrupted goes on from there.",
+            file_okay=False,
+        ),
+    ] = None,
     request: Request,
 ) -> None:
     """Make a clip from a prompt."""
     from latentfast.cli import clips
 
-    clips.generate(request, clips.Output(out, fps, save_latents), prompt=prompt, seed=seed)
+    clips.generate(request, clips.Output(out, fps, save_latents), prompt=prompt, seed=seed, cache=cache)
 
 
 @app.command()
@@ -173,6 +181,20 @@ def edit(
         observe=observe,
         compare=compare,
     )
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run.json, or the folder that it is in.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The pipeline, if it is not where it was.", file_okay=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; default: the record's.")] = None,
+) -> None:
+    """Make a recorded result again, compare checksums, and say what is different; exit with 1 if the result is."""
+    from latentfast.cli.replay import replay as again
+
+    raise typer.Exit(0 if again(run, model=model, device=device) else 1)
 
 
 @app.command()

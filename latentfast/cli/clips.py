@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from latentfast.cache import LatentCache
 from latentfast.cli.errors import UserError
 from latentfast.cli.output import atomic_outputs, check_file_target
 from latentfast.cli.progress import Bar
 from latentfast.cli.recipes import difference, latent_path, mix_prompts, outside_keeps_bits
-from latentfast.cli.record import checksum, tensors_to_bytes
 from latentfast.cli.request import Mask, Request, check_prompt
 from latentfast.cli.sampler import Sampler
 from latentfast.cli.video import encode_mp4, tile
+from latentfast.session.record import RECORD, checksum, surroundings, tensors_to_bytes
 
 if TYPE_CHECKING:
     from latentfast.integrations.diffusers import LocalizedEdit
@@ -39,21 +40,28 @@ class Output:
     fps: int = 16
     save_latents: Path | None = None
 
+    @property
+    def record(self) -> Path:
+        """Beside the clip: how it was made."""
+        return self.out.with_suffix(f".{RECORD}")
+
     def targets(self) -> list[Path]:
         check_file_target("--out", self.out)
+        targets = [self.out, self.record]
         if self.save_latents is None:
-            return [self.out]
+            return targets
         check_file_target("--save-latents", self.save_latents)
-        if self.save_latents.resolve() == self.out.resolve():
-            raise UserError(f"--save-latents: {self.save_latents} is the clip's own file")
-        return [self.out, self.save_latents]
+        for target, what in zip(targets, ("clip", "record"), strict=True):
+            if self.save_latents.resolve() == target.resolve():
+                raise UserError(f"--save-latents: {self.save_latents} is the {what}'s own file")
+        return [*targets, self.save_latents]
 
 
-def generate(request: Request, output: Output, *, prompt: str, seed: int) -> None:
+def generate(request: Request, output: Output, *, prompt: str, seed: int, cache: Path | None = None) -> None:
     """Make one clip from a prompt."""
     prompt = check_prompt("PROMPT", prompt)
     with _Job(request, output, note={"command": "generate", "prompt": prompt, "seed": seed}) as job:
-        latents = job.denoise("denoising", [prompt], job.sampler.noise(seed))
+        latents = job.sample("denoising", prompt, seed, cache)
         job.finish(job.sampler.decode(latents)[0], {"latents": latents})
 
 
@@ -73,7 +81,14 @@ def interpolate(
         raise UserError(f"--space: expected {' or '.join(SPACES)}, got '{space}'")
     if first == last and seeds[0] == seeds[1]:
         raise UserError("both ends have the same prompt and seed: give PROMPT_B or two different --seeds")
-    note = {"command": "interpolate", "prompts": [first, last], "seeds": list(seeds), "count": count, "space": space}
+    note = {
+        "command": "interpolate",
+        "prompts": [first, last],
+        "seeds": list(seeds),
+        "count": count,
+        "space": space,
+        "columns": columns,
+    }
     with _Job(request, output, note=note, clips=count if space == "noise" else 2) as job:
         sampler = job.sampler
         noises = [sampler.noise(seed) for seed in seeds]
@@ -122,6 +137,8 @@ def edit(
         raise UserError(f"--words and --keep: they say where the attention is looked for, but --mask is {mask}")
     note = {
         "command": "edit",
+        "compare": compare,
+        "observe": observe,
         "prompt": prompt,
         "edit_prompt": edit_prompt,
         "seed": seed,
@@ -190,6 +207,15 @@ class _Job:
 
         return self.sampler.denoise(prompts, noise, on_step=watched)
 
+    def sample(self, text: str, prompt: str, seed: int, cache: Path | None) -> Tensor:
+        """One clip, of which a cache has what was made before."""
+        self._bar.stage(text)
+        with nullcontext() if cache is None else LatentCache(cache) as store:
+            made = self.sampler.sample(prompt, seed, store, on_step=lambda *_: self._bar.advance())
+        if cache is not None:
+            self.say(f"{made.made} of {made.steps} steps were run, the others are from {cache}")
+        return made.latents
+
     def edit(self, text: str, prompt: str, edit_prompt: str, noise: Tensor, **options: Any) -> LocalizedEdit:
         self._bar.stage(text)
         return self.sampler.edit(prompt, edit_prompt, noise, on_step=self._bar.advance, **options)
@@ -203,10 +229,23 @@ class _Job:
         self._bar.stage("writing")
         data = encode_mp4(clip, fps=self._output.fps)
         self._scratch[0].write_bytes(data)
+        note = {**self._note, **asdict(self._request), "call": self.sampler.call}
+        record = {
+            "tool": f"latentfast {self._note['command']}",
+            "arguments": {**self._note, **asdict(self._request), "fps": self._output.fps},
+            "call": self.sampler.call,
+            **surroundings(self.sampler.device, self._request.backend),
+            "checksums": {
+                "latents": {name: checksum(x) for name, x in latents.items()},
+                "frames": checksum(clip),
+                "files": {"mp4": checksum(data)},
+            },
+        }
+        text = json.dumps(record, default=str, indent=2)
+        self._scratch[1].write_text(text + "\n", encoding="utf-8")
         if self._output.save_latents is not None:
-            note = {**self._note, **asdict(self._request), "call": self.sampler.call}
             text = json.dumps(note, default=str, sort_keys=True)
-            self._scratch[1].write_bytes(tensors_to_bytes(latents, {"latentfast": text}))
+            self._scratch[2].write_bytes(tensors_to_bytes(latents, {"latentfast": text}))
             self._lines.append(f"{self._output.save_latents}  {', '.join(latents)}")
         frames, height, width, _ = clip.shape
         asked = self.sampler.setting("num_frames")

@@ -19,11 +19,11 @@ from latentfast.cli.errors import UserError
 from latentfast.cli.output import atomic_outputs
 from latentfast.cli.progress import Bar, Stopwatch
 from latentfast.cli.recipes import disturb, latent_path, mend, outside_keeps_bits
-from latentfast.cli.record import active_backend, checksum, machine, tensors_to_bytes, versions
 from latentfast.cli.request import Request
 from latentfast.cli.sampler import Sampler
 from latentfast.cli.timing import WAN_480P, Timing, time_operations
 from latentfast.cli.video import encode_mp4, psnr, tile
+from latentfast.session.record import RECORD, checksum, surroundings, tensors_to_bytes
 
 __all__ = ["run_demo"]
 
@@ -39,7 +39,6 @@ FPS = 12
 # Units of the progress bar; a denoising step of one clip is 1, and the rest is in about that time.
 LOADING, DECODING, TIMING = 15, 8, 20
 
-RECORD = "run.json"
 TOOL = "latentfast demo"
 
 
@@ -234,16 +233,13 @@ class _Demo:
 
     def write_report(self, request: Request, seconds: float) -> None:
         device = self.sampler.device
-        backend = active_backend(request.backend, device)
         record = {
             "tool": TOOL,
             "arguments": {**asdict(request), "model": _model_name(request), "seed": self.seed},
             "call": self.sampler.call,
             "prompts": {"clip": PROMPT, "edit_source": SOURCE, "edit": EDITED},
             "seeds": self.seeds,
-            "backend": backend,
-            "machine": machine(device),
-            "versions": versions(),
+            **surroundings(device, request.backend),
             "checksums": self.checksums,
             "results": self.measured,
             "times": {

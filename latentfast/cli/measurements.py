@@ -30,6 +30,7 @@ _MEASUREMENTS = {
     "scheduler-steps": "the steps of diffusers' schedulers and of latentfast's in their place",
     "sampling-loop": "what a Wan sampling loop costs outside of the transformer: plain diffusers, and accelerated",
     "vae-decode": "Wan's VAE in tiles against diffusers: the seams alone, and a decode with and without CUDA graphs",
+    "resume": "what an edit in mid-sampling costs beside the whole sampling, and a request that was made before",
     "capture-cost": "what attention capture adds to a forward of a full-size model",
     "recipe": "what moving a slider of a stack of ten edits costs, with the states between them in a cache",
 }

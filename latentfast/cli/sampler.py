@@ -13,7 +13,9 @@ from torch import Tensor
 from latentfast.cli.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from latentfast.cache import LatentCache
     from latentfast.integrations.diffusers import LocalizedEdit
+    from latentfast.session import Trajectory
 
 __all__ = ["Sampler", "StepCallback"]
 
@@ -105,6 +107,23 @@ class Sampler:
 
         condition = {"prompt_embeds": prompts} if isinstance(prompts, Tensor) else {"prompt": list(prompts)}
         return self._run(output_type="latent", latents=noise, callback_on_step_end=forward, **condition)
+
+    def sample(
+        self, prompt: str, seed: int, cache: LatentCache | None, *, on_step: Callable[[int, int], None]
+    ) -> Trajectory:
+        """One clip from the noise of a seed; what a cache has of it is not made again.
+
+        Args:
+            prompt: What it shows.
+            seed: Of the noise.
+            cache: Gets the state after every step, so that an interrupted sampling goes on from there.
+            on_step: Is told after each step that is run.
+        """
+        from latentfast.session import Session
+
+        session = Session(self.pipeline, cache, keep="all" if cache is not None else self.steps)
+        given = {**self.call, "latents": self.noise(seed), "seed": seed, "on_step": on_step}
+        return self._checked(session.generate, prompt=prompt, **given)
 
     def edit(
         self, prompt: str, edit_prompt: str, noise: Tensor, *, on_step: Callable[[int], None], **options: Any

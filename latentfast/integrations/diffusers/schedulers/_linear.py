@@ -81,6 +81,8 @@ class LinearStep:
     }
     #: Whether sums are made in float64: the coefficients of higher orders cancel.
     _precise: ClassVar[bool] = True
+    #: Attributes that diffusers' scheduler does not have.
+    _beside: ClassVar[tuple[str, ...]] = ("_host", "_schedules", "_why", "x0", "keep_x0")
     _parent: ClassVar[Any]
     _parameters: ClassVar[tuple[str, ...]]
     _returns_dict: ClassVar[bool]
@@ -308,7 +310,7 @@ class LinearStep:
         """diffusers' scheduler in this one's state, on the host."""
         twin = self._parent.__new__(self._parent)
         vars(twin).update({name: list(x) if isinstance(x, list) else x for name, x in vars(self).items()})
-        for name in ("_host", "_schedules", "_why", "x0", "keep_x0"):
+        for name in self._beside:
             vars(twin).pop(name, None)
         vars(twin).update(self._on_host().copies)
         return twin
