@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import json
 import re
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import latentfast.cache
-from latentfast.cache import Key, LatentCache, digest_module, digest_tensor, environment
+from latentfast.cache import Key, LatentCache, environment
 
 DTYPES = [
     torch.float64,
@@ -421,14 +420,6 @@ def test_statistics_count(tmp_path: Path) -> None:
 
 
 # -- what the documents say -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("item", [Key.of, LatentCache, digest_tensor, digest_module, environment], ids=str)
-def test_the_examples_run(item) -> None:
-    tests = [test for test in doctest.DocTestFinder(recurse=False).find(item, "example", globs={}) if test.examples]
-    assert len(tests) == 1
-    output: list[str] = []
-    assert doctest.DocTestRunner(verbose=False).run(tests[0], out=output.append).failed == 0, "".join(output)
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ class Recipe:
 
     def _with(self, edits: tuple[Edit, ...], same: int) -> Recipe:
         """A recipe of checked edits, of which the first `same` are this one's."""
+        self.prefix_digest(same)  # here, where they stay for the next recipe that is made of this one
         made = object.__new__(Recipe)
         made._set(edits, self._digests[: same + 1])
         return made
