@@ -103,6 +103,7 @@ def _of_a_pipeline() -> dict[str, list[Target]]:
             ),
         ],
         "preview": _targets("latent_to_rgb", "8x", "hunyuan720_b1", {SHARE: 0.70, COMPILE: 4.0, EAGER: 20.0}),
+        "plan": _targets("plan_run", "6 edits, RGB 8x", "wan480_b1", {FLOORS: 1.5, COMPILE: 2.0, EAGER: 5.0}),
         "tiles": _targets("stitch", "", "wan720_b1", {SHARE: 0.60, LAUNCHES: 50.0, PEER: 5.0}),
     }
 

@@ -116,6 +116,25 @@ TABLE: dict[str, dict[str, str]] = {
         "combine": "(Tensor[] tensors, float[] coefficients, int precise, Tensor(a!) out, Tensor(b!)? out1, "
         "Tensor(c!)? out2, Tensor(d!)? out3) -> ()",
     },
+    "plan": {
+        # A plan of K instructions, `program` five integers each: the operation (PLAN_OPERATIONS), the numbers of its
+        # operand and its mask among `inputs`, of its slider, and of its row of the statistics; -1 for none. `inputs`
+        # are five-dimensional; the first is the source (B, C, T, H, W), others broadcast to it, their H and W both full
+        # or both 1; masks have the working dtype, all else the source's; a style's reference, of which there is a row
+        # (mean, std) in statistics (R, B, C, 2), float64, is as it is. coefficients (K, B, C, 4), of the working dtype.
+        #
+        # The moments of `values`, numbers of inputs: of the first one's place the value that the instructions before
+        # `start` make. (B, C, 3·N + N·(N + 1)/2) float64 for N values; see csrc/common/plan.h.
+        "plan_moments": "(Tensor[] inputs, int[] program, int start, int[] values, Tensor coefficients, "
+        "Tensor(a!) moments) -> ()",
+        # The coefficients of the instructions from `start` to `stop`, from the sliders and the moments of `values`, of
+        # channels of `elements`. Numbers in `given` become the sliders before, float64.
+        "plan_coefficients": "(int[] program, int start, int stop, int[] values, int elements, float[] given, "
+        "Tensor statistics, Tensor moments, Tensor(a!) sliders, Tensor(b!) coefficients) -> ()",
+        # The walk: `latents` like the source, `rgb` as of latent_to_rgb, one of them or both.
+        "plan_run": "(Tensor[] inputs, int[] program, Tensor sliders, Tensor statistics, Tensor coefficients, "
+        "Tensor? weight, Tensor? bias, Tensor(a!)? latents, Tensor(b!)? rgb) -> ()",
+    },
 }
 SCHEMAS: dict[str, str] = {name: schema for stem in TABLE.values() for name, schema in stem.items()}
 #: The stem that an operator belongs to.
@@ -127,6 +146,13 @@ NORMS = {"l2": 0, "l1": 1, "charbonnier": 2}
 LAYOUTS = {"same": 0, "pack": 1, "unpack": 2}
 #: "zero" is what mode "cfg_zero" does in its first steps.
 GUIDANCE = {"cfg": 0, "apg": 1, "cfg_zero": 2, "tcfg": 3, "magnitude_aware": 4, "zero": 5}
+
+PLAN_OPERATIONS = {name: i for i, name in enumerate((
+    "lerp", "nlerp", "slerp", "direction", "blend", "confine", "adain", "tone_map", "standardize", "unstandardize",
+))}  # fmt: skip
+#: Stems that Triton's backend lacks. A plan's kernel interprets a list of instructions, so that one compiled kernel
+#: serves every list; Triton, which specialises, would compile each list anew.
+WITHOUT_TRITON = ("plan",)
 
 
 def _nothing_to_infer(*args, **kwargs) -> None:
@@ -152,8 +178,9 @@ for _ns, _library in _LIBRARIES.items():
         _library.define(_name + _schema)
         torch.library.register_fake(f"{_ns}::{_name}", _nothing_to_infer, lib=_library)
 for _name, _stem in STEMS.items():
-    _launcher = _lazily(f"latentfast.kernels.triton.{_stem}", _name)
-    for _key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter alone; backends.py sees to that
-        _LIBRARIES["latentfast_triton"].impl(_name, _launcher, _key)
+    if _stem not in WITHOUT_TRITON:
+        _launcher = _lazily(f"latentfast.kernels.triton.{_stem}", _name)
+        for _key in ("CUDA", "CPU"):  # on the CPU for Triton's interpreter alone; backends.py sees to that
+            _LIBRARIES["latentfast_triton"].impl(_name, _launcher, _key)
     _eager = _lazily(f"latentfast._eager.{_stem}", _name)
     _LIBRARIES["latentfast_eager"].impl(_name, _eager, "CompositeExplicitAutograd")

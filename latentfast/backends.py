@@ -101,6 +101,8 @@ def _implementation_on(backend: str, name: str, device: str) -> Callable[..., No
     if backend == "eager":
         return getattr(torch.ops.latentfast_eager, name).default
     if backend == "triton":
+        if _operators.STEMS[name] in _operators.WITHOUT_TRITON:
+            return None
         usable = device == "cuda" or (device == "cpu" and _settings.triton_interpreted())
         return getattr(torch.ops.latentfast_triton, name).default if usable else None
     key = _DISPATCH_KEYS[backend]

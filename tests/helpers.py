@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import latentfast
-from latentfast import _settings
+from latentfast import _operators, _settings
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALVES, torch.float64)
@@ -56,9 +56,11 @@ def why_missing(target: Target) -> str:
     return ""
 
 
-def skip_where_left_to_triton(operator: str, device: str) -> None:
-    """On a GPU some operators have a Triton kernel alone."""
+def skip_where_lacking(operator: str, device: str) -> None:
+    """On a GPU some operators have a Triton kernel alone, and some none."""
     forced = importlib.import_module("latentfast.backends")._forced
+    if forced == "triton" and _operators.STEMS[operator] in _operators.WITHOUT_TRITON:
+        pytest.skip(f"{operator} has no kernel in Triton")
     if operator in LEFT_TO_TRITON and device.startswith("cuda") and forced == "cuda":
         pytest.skip(f"{operator} has no kernel in CUDA C++, Triton's is the one for a GPU")
 

@@ -12,7 +12,7 @@ import torch
 import latentfast
 from latentfast import _operators
 from latentfast.backends import implementation
-from tests.helpers import TARGETS, Target, skip_where_left_to_triton, why_missing
+from tests.helpers import TARGETS, Target, skip_where_lacking, why_missing
 
 ROOT = Path(latentfast.__file__).parents[1]
 CHOSEN = {"native-cpu": "latentfast", "cuda": "latentfast", "triton": "latentfast_triton", "eager": "latentfast_eager"}
@@ -49,7 +49,7 @@ def test_backends_are_listed_with_reasons() -> None:
 
 @pytest.mark.parametrize("name", _operators.SCHEMAS)
 def test_every_backend_has_every_operator(name: str, target: Target) -> None:
-    skip_where_left_to_triton(name, target.device)
+    skip_where_lacking(name, target.device)
     chosen = implementation(name, torch.empty(0, device=target.device))
     assert chosen is getattr(getattr(torch.ops, CHOSEN[target.backend]), name).default
 

@@ -158,6 +158,17 @@ def test_capture_cost(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.slow
+def test_plan_preview(tmp_path: Path, capsys) -> None:
+    status, out, _ = run(capsys, "plan-preview", "--device", "cpu", "--quick", "--out", tmp_path / "plan.json")
+    assert status == 0 and "a slider moved, 50 times" in out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["quick"] and written["recompiled"] is None
+    for name in ("moved", "rebuilt", "changed"):
+        assert written[name] == sorted(written[name]) and written[name][0] > 0
+    assert all(rebuilt <= changed for rebuilt, changed in zip(written["rebuilt"], written["changed"], strict=True))
+
+
+@pytest.mark.slow
 def test_localized_edit(tmp_path: Path, capsys) -> None:
     options = ["--prompts", 1, "--batch", 1, "--steps", 6, "--kind", "shape"]
     out = tmp_path / "new" / "edits.json"

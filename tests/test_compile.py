@@ -9,7 +9,7 @@ import torch._dynamo.testing
 
 import latentfast
 from latentfast import _operators
-from tests.helpers import Draw, Target, fixed_upstream, gradients, same_bits, skip_where_left_to_triton
+from tests.helpers import Draw, Target, fixed_upstream, gradients, same_bits, skip_where_lacking
 from tests.operations import BY_NAME, OPERATIONS, Operation
 from tests.test_backends import CHOSEN
 
@@ -272,9 +272,29 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
             (three, [0.5, -1.0, 2.0], 0, new(*shape), None, None, None),
             ([x, y.to(torch.bfloat16)], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1, new(*shape), other, new(*shape), None),
         ]
+    if name.startswith("plan_"):
+        return _plan_samples(name, draw, b)
     assert name == "warp_loss", f"no arguments for {name}: a new operator needs a row here"
     z, flow = draw.normal(b, 3, 4, 5, 6), draw.uniform(b, 2, 3, 5, 6)
     return [(z, flow, None, 1.0, 2, new(b), None), (z, flow, draw.mask(3, 5, 6), 1.0, 2, new(b), new(*z.shape))]
+
+
+def _plan_samples(name: str, draw: Draw, b: int) -> list[tuple]:
+    """A slerp, a masked direction and an affine of (b, 3, 2, 4, 6), whose coefficients are those of the direction."""
+    shape = (b, 3, 2, 4, 6)
+    z, towards, mask = draw.normal(*shape), draw.normal(*shape), draw.mask(b, 1, 2, 4, 6)
+    code = [2, 1, -1, 0, -1, 3, 1, 2, 1, -1, 8, -1, -1, -1, 0]
+    coefficients, sliders = draw.uniform(3, b, 3, 4), draw.uniform(2, dtype=torch.float64)
+    statistics, moments = (draw.uniform(*sizes, dtype=torch.float64) for sizes in ((1, b, 3, 2), (b, 3, 9)))
+    inputs, kept = [z, towards, mask], draw.normal(*shape)
+    if name == "plan_moments":
+        return [(inputs, code, start, [value, 1], coefficients, moments) for start, value in ((0, 0), (2, -1))]
+    if name == "plan_coefficients":
+        rest = (statistics, moments, sliders, coefficients)
+        return [(code, 0, 3, [0, 1], 48, given, *rest) for given in ([0.5, 0.25], [])]
+    rgb = torch.empty(b, 2, 32, 48, 3, dtype=torch.uint8, device=z.device)
+    known = (inputs, code, sliders, statistics, coefficients)
+    return [(*known, None, None, kept, None), (*known, draw.uniform(3, 3), draw.uniform(3), None, rgb)]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +304,7 @@ def _samples(name: str, target: Target, empty: bool) -> list[tuple]:
 )
 def test_opcheck(name: str, empty: bool, target: Target) -> None:
     operator = getattr(getattr(torch.ops, CHOSEN[target.backend]), name).default
-    skip_where_left_to_triton(name, target.device)
+    skip_where_lacking(name, target.device)
     if target.backend == "eager" and name in ("interpolate_bwd", "temporal_loss", "warp_loss"):
         pytest.skip("the eager operator asks autograd for its gradient, which a dispatch mode, as opcheck's, shuts off")
     for arguments in _samples(name, target, empty):

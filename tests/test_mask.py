@@ -16,7 +16,7 @@ from tests.helpers import (
     assert_matches_spec,
     assert_within,
     same_bits,
-    skip_where_left_to_triton,
+    skip_where_lacking,
     working_dtype,
 )
 
@@ -25,7 +25,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture
 def heats(target: Target) -> Target:
-    skip_where_left_to_triton("token_heatmap", target.device)
+    skip_where_lacking("token_heatmap", target.device)
     return target
 
 

@@ -242,6 +242,9 @@ __device__ __forceinline__ uint4 load(const void* p) {
   return v;
 }
 
+// One line of 128 bytes into L2.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // 16 bytes that this kernel does not read back: first to leave L2 when room is needed.
 __device__ __forceinline__ void store_once(void* p, const uint4& v) { __stcs(static_cast<uint4*>(p), v); }
 

@@ -19,6 +19,18 @@ struct Source {
     const uint32_t sample = index / frames;
     return z + sample * channels * channel_stride + (index - sample * frames) * plane;
   }
+
+  // A source of the kernel for factors, see enlarge.cuh.
+  static constexpr bool kFoursOnly = false;
+  bool fours() const {
+    return width % 4 == 0 && plane % 4 == 0 && reinterpret_cast<uintptr_t>(z) % (4 * sizeof(T)) == 0;
+  }
+  __device__ const T* rows(uint32_t index, int low) const {
+    return frame(index) + static_cast<int64_t>(low) * width;
+  }
+  __device__ void fetch(const T*, int) const {}  // a thread has eight channels under way
+  template <int V>
+  __device__ __forceinline__ void map(const T* from, int at, Wide<T> (&rgb)[3][V]) const;
 };
 
 // x = bias + Σ_c weight[c]·z[c] at V neighbouring positions.
@@ -45,6 +57,12 @@ __device__ __forceinline__ void map_to_rgb(const Source<T>& s, const T* z, Wide<
       for (int v = 0; v < V; ++v) rgb[k][v] = fma(factor, x[v], rgb[k][v]);
     }
   }
+}
+
+template <typename T>
+template <int V>
+__device__ __forceinline__ void Source<T>::map(const T* from, int at, Wide<T> (&rgb)[3][V]) const {
+  map_to_rgb<T, V>(*this, from + at, rgb);
 }
 
 // Bytes are made from (x + 1)/2, whose range is that of a saturating instruction.
@@ -91,5 +109,8 @@ __device__ __forceinline__ void store_values(R* to, const C (&x)[V]) {
     for (int v = 0; v < V; ++v) to[v] = x[v];
   }
 }
+
+// The operator, for other sources' operators too. `z` (B, C, T, H, W); out (B, T, H', W', 3).
+void latent_to_rgb(const View& z, const View& weight, const View& bias, const View& out);
 
 }  // namespace latentfast::cuda

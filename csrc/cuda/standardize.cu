@@ -4,6 +4,7 @@
 #include <numbers>
 #include <span>
 
+#include "gate.cuh"
 #include "repack.cuh"
 #include "upload.cuh"
 
@@ -88,17 +89,6 @@ void with_channels(const Target& target, const OptionalView& mean, const Optiona
 }
 
 // --- tone map ---
-
-// 1/(1 + 2^x). In float32 it is four instructions, each within two units in the last place; with a reciprocal
-// rounded as IEEE has it and an exponential that keeps subnormals, tone_map had about 25 an element, which
-// take as long as its memory.
-__device__ __forceinline__ float gate_at(float x) {
-  float power, gate;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + power));
-  return gate;
-}
-__device__ __forceinline__ double gate_at(double x) { return 1.0 / (1.0 + exp2(x)); }
 
 // V elements a thread: 40 MB are ten rounds of blocks. With four packs a thread they were three and a third,
 // and most of the card stood idle in the last.

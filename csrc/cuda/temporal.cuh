@@ -217,9 +217,6 @@ struct Pass {
   }
 };
 
-// One line of 128 bytes into L2.
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // All that a warp will read of an item: it can come from memory while the weights are summed.
 template <typename T, int V, int R>
 __device__ __forceinline__ void prefetch_item(const TemporalParams& p, const Items& items, uint32_t item) {

@@ -4,6 +4,6 @@ Also the "eager" backend, the tests' yardstick (run it in float64) and the bench
 anything but torch, and nothing here is fast on purpose.
 """
 
-from latentfast.reference import edit, guidance, interpolate, mask, preview, stats, temporal, tiles
+from latentfast.reference import edit, guidance, interpolate, mask, plan, preview, stats, temporal, tiles
 
-__all__ = ["edit", "guidance", "interpolate", "mask", "preview", "stats", "temporal", "tiles"]
+__all__ = ["edit", "guidance", "interpolate", "mask", "plan", "preview", "stats", "temporal", "tiles"]

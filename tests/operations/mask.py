@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from tests.helpers import Draw, skip_where_left_to_triton
+from tests.helpers import Draw, skip_where_lacking
 from tests.operations.operation import Operation, Shape
 
 #: Queries' heads are the shape's channels, their number is T·H; W elements each.
@@ -12,7 +12,7 @@ _GRID, _SIZE = (3, 4, 5), (5, 6, 9)
 
 
 def _attention(draw: Draw, shape: Shape) -> dict[str, Tensor]:
-    skip_where_left_to_triton("token_heatmap", draw.device)
+    skip_where_lacking("token_heatmap", draw.device)
     b, heads, t, h, width = shape
     return {"q": draw.normal(b, heads, t * h, width), "k": draw.normal(b, heads, t + width + 2, width)}
 
