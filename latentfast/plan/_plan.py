@@ -318,9 +318,10 @@ class Plan:
         for i in range(len(self._edits)):
             self._fill_statistics(i)
         keys = tuple(self._program.tensors[value] for value in self._first.values)
-        if keys and keys != self._moments_of_keys:
-            values = list(self._first.values)
-            self._moments_of(self._inputs, self._code, 0, values, self._coefficients, self._moments)
+        if keys != self._moments_of_keys:
+            if keys:
+                values = list(self._first.values)
+                self._moments_of(self._inputs, self._code, 0, values, self._coefficients, self._moments)
             self._moments_of_keys = keys
 
     def _fill_statistics(self, index: int) -> None:
