@@ -306,6 +306,7 @@ setup(
     package_data={
         f"{PACKAGE}.tiny": ["weights/**", "*.json", "*.md"],
         f"{PACKAGE}.cli": ["templates/**"],
+        f"{PACKAGE}.studio": ["static/*"],
         f"{PACKAGE}.benchmarks": ["results/*.jsonl", "README.md"],
     },
     ext_modules=[Extension(f"{PACKAGE}._native", [])] if wants_build() else [],  # the sources are ninja's business

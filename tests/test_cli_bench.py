@@ -279,3 +279,15 @@ def test_scheduler_steps(tmp_path: Path, capsys) -> None:
     assert len(ours) == len(written["steps"]) / 2 > 10
     for step in ours:
         assert 1 <= step["launches"] <= 1 + drawing.get(step["scheduler"], 0), step
+
+
+def test_preview_engine(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("diffusers")
+    arguments = ["--device", "cpu", "--quick", "--out", tmp_path / "previews.json"]
+    status, out, _ = run(capsys, "preview-engine", *arguments)
+    assert status == 0 and "move to frames" in out
+    written = json.loads((tmp_path / "previews.json").read_text())
+    (moves,) = written["moves"]
+    assert 0 < moves["median_ms"] <= moves["p99_ms"]
+    assert moves["per_second"] > 0
+    assert written["attached"]["same_bits"]

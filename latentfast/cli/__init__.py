@@ -1,5 +1,5 @@
-"""The command line ``latentfast``: ``demo``, ``generate``, ``interpolate``, ``edit``, ``replay``, ``doctor``,
-``bench``, ``cache``, ``recipe``.
+"""The command line ``latentfast``: ``demo``, ``generate``, ``interpolate``, ``edit``, ``studio``, ``replay``,
+``doctor``, ``bench``, ``cache``, ``recipe``.
 
 This module imports nothing but the standard library, so that a missing extra ends in one clear line instead of a
 traceback. :mod:`latentfast.cli.app` holds the commands.

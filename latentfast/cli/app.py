@@ -184,6 +184,23 @@ def edit(
 
 
 @app.command()
+@grouped
+def studio(
+    *,
+    host: Annotated[str, typer.Option(help="Address to bind to; one that others reach needs --token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8321,
+    token: Annotated[
+        str | None, typer.Option(help="What the page's address must have; default: a new one, printed.")
+    ] = None,
+    request: Request,
+) -> None:
+    """Open a local page to make a clip and edit it live: sliders, masks of words, undo, export."""
+    from latentfast.cli.studio import run_studio
+
+    run_studio(request, host=host, port=port, token=token)
+
+
+@app.command()
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run.json, or the folder that it is in.")],
     model: Annotated[

@@ -26,6 +26,7 @@ EXTRA = {
     "typer": "typer",
 }
 BENCH_EXTRA = {"matplotlib": "matplotlib"}
+STUDIO_EXTRA = {name: name for name in ("anyio", "starlette", "uvicorn", "websockets")}
 
 
 class UserError(Exception):
@@ -47,7 +48,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, ImportError):
         for missing in (error, error.__cause__):
             name = (getattr(missing, "name", None) or "").partition(".")[0]
-            for extra, packages in (("cli", EXTRA), ("bench", BENCH_EXTRA)):
+            for extra, packages in (("cli", EXTRA), ("bench", BENCH_EXTRA), ("studio", STUDIO_EXTRA)):
                 if name in packages:
                     return f"the package {packages[name]} is not installed: pip install 'latentfast[{extra}]'", FAILED
         return None

@@ -33,6 +33,7 @@ _MEASUREMENTS = {
     "resume": "what an edit in mid-sampling costs beside the whole sampling, and a request that was made before",
     "capture-cost": "what attention capture adds to a forward of a full-size model",
     "recipe": "what moving a slider of a stack of ten edits costs, with the states between them in a cache",
+    "preview-engine": "the preview engine: from a move to frames on the host, and what it costs a sampling run",
     "plan-preview": "a plan's slider moved, an edit added: until the pixels are on the host, beside torch.compile",
 }
 

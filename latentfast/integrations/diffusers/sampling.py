@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["clean_estimate", "frame_dim", "latent_channels", "setting", "starting_noise"]
+__all__ = [
+    "clean_between",
+    "clean_estimate",
+    "flow_levels",
+    "frame_dim",
+    "latent_channels",
+    "setting",
+    "starting_noise",
+]
 
 
 def setting(pipe: Any, call: Mapping[str, Any], name: str) -> Any:
@@ -52,10 +60,21 @@ def clean_estimate(pipe: Any, step: int, before: Tensor, after: Tensor) -> Tenso
     Returns:
         A new tensor; `after` itself where the scheduler's noise levels are no flow's.
     """
+    levels = flow_levels(pipe, step)
+    return after if levels is None else clean_between(levels, before, after)
+
+
+def flow_levels(pipe: Any, step: int) -> tuple[Tensor, Tensor] | None:
+    """A flow-matching sampler's noise levels before and after a step; None of other samplers."""
     scheduler = pipe.scheduler
     if scheduler.config.get("prediction_type") != "flow_prediction" and "FlowMatch" not in type(scheduler).__name__:
-        return after
-    level, following = scheduler.sigmas[step].to(after.device), scheduler.sigmas[step + 1].to(after.device)
+        return None
+    return scheduler.sigmas[step], scheduler.sigmas[step + 1]
+
+
+def clean_between(levels: tuple[Tensor, Tensor], before: Tensor, after: Tensor) -> Tensor:
+    """`clean_estimate` for the noise levels of `before` and `after`."""
+    level, following = (x.to(after.device) for x in levels)
     return ((level * after - following * before) / (level - following)).to(after.dtype)
 
 

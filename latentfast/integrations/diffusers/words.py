@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PromptTokens", "Words", "changed_words", "prompt_tokens", "token_spans"]
+__all__ = ["PromptTokens", "Words", "changed_words", "numbered_words", "prompt_tokens", "token_spans"]
 
 #: A word or a phrase, or one of its occurrences: ("circle", 1) is the second.
 Words = str | tuple[str, int]
@@ -77,6 +77,17 @@ def _spans(prompt: str, item: Words) -> list[tuple[int, int]]:
 
 def _words(prompt: str) -> list[str]:
     return re.findall(r"\w+(?:['’-]\w+)*", prompt.lower())
+
+
+def numbered_words(prompt: str) -> list[tuple[str, int]]:
+    """All words of a prompt in lower case, each with the number of its occurrence.
+
+    Example:
+        >>> numbered_words("A red circle, a star")
+        [('a', 0), ('red', 0), ('circle', 0), ('a', 1), ('star', 0)]
+    """
+    words = _words(prompt)
+    return [(word, words[:i].count(word)) for i, word in enumerate(words)]
 
 
 def changed_words(prompt: str, other: str) -> list[tuple[str, int]]:
