@@ -217,6 +217,21 @@ def test_a_stranger_in_an_entrys_place_is_not_served(cache: LatentCache) -> None
     assert cache.get(key("x")) is not None
 
 
+def test_what_is_given_lies_as_memory_of_its_own_would(tmp_path: Path) -> None:
+    """Matrix products of the same numbers have other bits where memory begins elsewhere."""
+    tensors = {f"x{n}": torch.rand(n) for n in (1, 3, 7, 16, 64, 65, 100)} | {"text": torch.arange(13).to(torch.uint8)}
+    with LatentCache(tmp_path / "cache") as cache:
+        cache.put(key("odd"), tensors)
+        cache.flush()
+    for host_bytes in (0, 1 << 20):
+        with LatentCache(tmp_path / "cache", host_bytes=host_bytes) as cache:
+            for share in (False, True):
+                found = cache.get(key("odd"), copy=not share)
+                assert found is not None
+                assert all(same_bits(found[name], x) for name, x in tensors.items())
+                assert {name: x.data_ptr() % 64 for name, x in found.items()} == dict.fromkeys(tensors, 0)
+
+
 # -- who waits for whom -----------------------------------------------------------------------------------------------
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from latentfast.cache.key import Key
 
-__all__ = ["CorruptError", "Header", "Layout"]
+__all__ = ["CorruptError", "Header", "Layout", "aligned"]
 
 FORMAT = "1"
-#: The names of safetensors; those with the widest elements come first in a buffer, so that all of them are aligned.
+#: The names of safetensors.
 DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -50,6 +50,7 @@ _START = b'{"__metadata__":{"checksum":"'
 CHECKSUM_AT = 8 + len(_START)
 _NO_CHECKSUM = b"0" * 64
 _MOST_HEADER = 100_000_000  # as the safetensors package has it
+_MOST_ALIGNMENT = 256  # the most that a matrix library looks for
 
 
 class CorruptError(Exception):
@@ -88,7 +89,7 @@ class Layout:
                 what = "on the meta device" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
                 raise ValueError(f"tensors['{name}']: safetensors has no place for a tensor {what}")
         pieces, start = [], 0
-        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        for name, tensor in sorted(tensors.items(), key=lambda item: (-_alignment(item[1].nbytes), item[0])):
             pieces.append(Piece(name, tensor.dtype, tuple(tensor.shape), start, start + tensor.nbytes))
             start += tensor.nbytes
         return cls(tuple(pieces), start)
@@ -198,6 +199,21 @@ class Header:
         if found.file_bytes != file_bytes:
             raise CorruptError(f"it has {file_bytes} bytes instead of {found.file_bytes}")
         return found
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where its memory does not begin as memory of its own would.
+
+    Matrix libraries choose their kernels by the alignment of what they read: the same numbers at another place in a
+    file would lead to other bits.
+    """
+    least = 64 if tensor.device.type == "cpu" else _MOST_ALIGNMENT
+    return tensor.clone() if tensor.data_ptr() % least else tensor
+
+
+def _alignment(nbytes: int) -> int:
+    """The largest power of two that divides a size; if sizes follow each other by it falling, starts have it too."""
+    return min(nbytes & -nbytes or _MOST_ALIGNMENT, _MOST_ALIGNMENT)
 
 
 def _layout(header: dict[str, Any]) -> Layout:

@@ -21,7 +21,7 @@ from torch import Tensor
 from latentfast.cache.digest import submit
 from latentfast.cache.disk import Disk
 from latentfast.cache.key import Key
-from latentfast.cache.layout import Header, Layout
+from latentfast.cache.layout import Header, Layout, aligned
 from latentfast.cache.memory import (
     Slot,
     Tier,
@@ -363,7 +363,7 @@ class Tiers:
         else:
             copy = True  # host buffers are used again
         if found.tier is None or not copy:
-            return dict(views)
+            return {name: aligned(view) for name, view in views.items()}
         return {name: view.clone() for name, view in views.items()}
 
     def prefetch(self, keys: list[Key], device: torch.device) -> None:

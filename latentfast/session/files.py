@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latentfast._output import atomic_outputs
 from latentfast.cache import digest_tensor
+from latentfast.cache.layout import aligned
 from latentfast.integrations.diffusers.steps import State
 from latentfast.session import states
 from latentfast.session.arguments import from_data
@@ -121,7 +122,7 @@ def load(folder: str | PathLike[str], pipe: Any) -> Trajectory:
 
 
 def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a folder, on the CPU, each checked against its digest.
+    """The tensors of a folder, on the CPU, aligned, each checked against its digest.
 
     Raises:
         ValueError: they are not there, no safetensors, or not those that were saved.
@@ -138,7 +139,7 @@ def read_tensors(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     wrong = sorted(name for name in {*digests, *known} if digests.get(name) != known.get(name))
     if wrong:
         raise ValueError(f"{folder / _TENSORS} is damaged: {', '.join(wrong[:3])} is not what was saved")
-    return tensors
+    return {name: aligned(x) for name, x in tensors.items()}
 
 
 def inputs_of(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
