@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from latentfast.cache import digest_module, environment
+from latentfast.cache.digest import parts_of
 from latentfast.session.arguments import UnwritableError, to_data
 
 __all__ = ["describe_components", "describe_pipeline"]
@@ -63,10 +64,12 @@ def _module(part: nn.Module) -> dict[str, Any]:
     """Weights, and what of a module is not in its weights and changes what it computes."""
     flags = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str) and k[0] != "_"}
     adapters, processors = [], set()
-    for name, module in part.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):
-            adapters.append([name, repr(module.active_adapters), repr(module.scaling)])
-        if (processor := getattr(module, "processor", None)) is not None:
+    for prefix, module in parts_of(part):
+        # looked for where they can be: a module takes long to say that it lacks something
+        if hasattr(type(module), "active_adapters") and hasattr(module, "scaling"):
+            adapters.append([prefix, repr(module.active_adapters), repr(module.scaling)])
+        processor = vars(module).get("processor") or module._modules.get("processor")
+        if processor is not None:
             processors.add(f"{_class_of(processor)} {getattr(processor, '_attention_backend', None)}")
     try:
         weights = digest_module(part)
@@ -76,7 +79,7 @@ def _module(part: nn.Module) -> dict[str, Any]:
         "weights": weights,
         "config": _config(part),
         "flags": to_data(flags, {}, "flags"),
-        "adapters": adapters,
+        "adapters": sorted(adapters),
         "attention": sorted(processors),
         "step_cache": repr(getattr(part, "_cache_config", None)),
         # a guidance that waits is rounded once less (latentfast.integrations.diffusers.guidance)

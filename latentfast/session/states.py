@@ -20,8 +20,14 @@ _LAYOUT = "layout"
 def to_tensor(data: Any, device: torch.device | str = "cpu") -> Tensor:
     """JSON as a tensor of bytes."""
     text = json.dumps(data, separators=(",", ":"))
-    # not to wait for the device: memory that is not pinned has been read when this returns
-    return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).to(device, non_blocking=True)
+    return _moved(torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8), torch.device(device))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for what the device does: page-locked memory on the way to a GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def text_of(tensor: Tensor) -> Any:
@@ -38,18 +44,19 @@ class Pool:
         self._known: dict[int, tuple[str, Tensor]] = {}  # the tensor itself, so that no other gets its id
 
     def write(self, value: Any) -> Any:
-        """A value of numbers, tensors and lists of them as JSON."""
-        if isinstance(value, Tensor):
-            if id(value) not in self._known:
-                name = f"t{len(self._known)}"
-                self._known[id(value)] = name, value
-                self.tensors[name] = (
-                    value.detach().to(self._device, non_blocking=value.device.type == "cpu").contiguous()
-                )
-            found: dict[str, Any] = {"t": self._known[id(value)][0]}
-            # a scheduler's scalars are where it wants them; everything else follows the latents
-            return found | {"host": True} if value.ndim == 0 and value.device.type == "cpu" else found
-        return [self.write(x) for x in value] if isinstance(value, list | tuple) else value
+        """A value of numbers, tensors and lists of them as JSON; in it the scalars that a scheduler has on the host."""
+        if isinstance(value, list | tuple):
+            return [self.write(x) for x in value]
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim == 0 and value.device.type == "cpu":
+            bits = value.detach().reshape(1).view(torch.uint8).tolist()
+            return {"bits": bits, "dtype": str(value.dtype).removeprefix("torch.")}
+        if id(value) not in self._known:
+            name = f"t{len(self._known)}"
+            self._known[id(value)] = name, value
+            self.tensors[name] = _moved(value.detach(), self._device).contiguous()
+        return {"t": self._known[id(value)][0]}
 
     def with_layout(self, data: Any) -> dict[str, Tensor]:
         """The tensors, and beside them what was written."""
@@ -59,7 +66,9 @@ class Pool:
 def read(tensors: Mapping[str, Tensor], value: Any) -> Any:
     """The inverse of `Pool.write`, with lists for tuples."""
     if isinstance(value, dict):
-        return tensors[value["t"]].cpu() if value.get("host") else tensors[value["t"]]
+        if "t" in value:
+            return tensors[value["t"]]
+        return torch.tensor(value["bits"], dtype=torch.uint8).view(getattr(torch, value["dtype"])).reshape(())
     return [read(tensors, x) for x in value] if isinstance(value, list) else value
 
 
