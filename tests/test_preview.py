@@ -134,7 +134,7 @@ def test_known_values(value: float, byte: int, target: Target) -> None:
 @every_dtype
 def test_nan_is_zero_and_stays_where_it_is_sampled(dtype: torch.dtype, target: Target) -> None:
     inputs = _inputs(Draw(dtype, target.device, 6), (2, 3, 2, 6, 6))
-    for size in (None, (48, 48), (9, 7)):
+    for size in (None, (12, 12) if target.interpreted else (48, 48), (9, 7)):
         clean = latentfast.latent_to_rgb(**inputs, size=size)
         poisoned = inputs["z"].clone()
         poisoned[1, 2, 1, 0, 0] = math.nan
@@ -153,13 +153,14 @@ def test_infinities_stay_in_their_sample(target: Target) -> None:
     assert torch.equal(latentfast.latent_to_rgb(**inputs, size=(48, 48))[0], clean[0])
 
 
-@pytest.mark.parametrize(("shape", "size"), [((8, 4, 3, 6, 10), (48, 80)), ((8, 4, 3, 5, 7), (9, 31))], ids=str)
+@pytest.mark.parametrize(("shape", "size"), [((4, 3, 6, 10), (48, 80)), ((4, 3, 5, 7), (9, 31))], ids=str)
 def test_bytes_are_the_same_on_every_run_alone_and_for_any_threads(shape, size, target: Target) -> None:
-    inputs = _inputs(Draw(torch.bfloat16, target.device, 7), shape)
+    batch = 2 if target.interpreted else 8
+    inputs = _inputs(Draw(torch.bfloat16, target.device, 7), (batch, *shape))
     first = latentfast.latent_to_rgb(**inputs, size=size)
     assert torch.equal(latentfast.latent_to_rgb(**inputs, size=size), first)
-    alone = latentfast.latent_to_rgb(**{**inputs, "z": inputs["z"][5:6].clone()}, size=size)
-    assert torch.equal(alone, first[5:6])
+    alone = latentfast.latent_to_rgb(**{**inputs, "z": inputs["z"][-1:].clone()}, size=size)
+    assert torch.equal(alone, first[-1:])
     torch.set_num_threads(2)
     assert torch.equal(latentfast.latent_to_rgb(**inputs, size=size), first)
 

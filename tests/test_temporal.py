@@ -27,7 +27,7 @@ from tests.helpers import (
 NORMS = ("l2", "l1", "charbonnier")
 every_norm = pytest.mark.parametrize("norm", NORMS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-shapes = st.tuples(*[st.sampled_from([1, 2, 3, 5, 7])] * 5)
+shapes = st.tuples(*[st.sampled_from([1, 2, 3, 5])] * 5)
 seeds = st.integers(0, 2**31 - 1)
 
 
@@ -373,8 +373,10 @@ def test_a_scaled_loss_keeps_the_digits_of_a_float16_gradient(target: Target, re
     half precision does, has to save them.
     """
     draw = Draw(torch.float16, target.device, seed=1)
-    z = 0.01 * draw.normal(2, 16, 5, 64, 64)
-    flow, visible = draw.normal(2, 2, 4, 64, 64), draw.uniform(2, 1, 4, 64, 64)
+    # the gradient of a mean is as small with fewer elements, if they are smaller
+    b, c, t, h, w = (1, 4, 3, 32, 32) if target.interpreted else (2, 16, 5, 64, 64)
+    z = 0.01 * (b * c * t * h * w) / (2 * 16 * 5 * 64 * 64) * draw.normal(b, c, t, h, w)
+    flow, visible = draw.normal(b, 2, t - 1, h, w), draw.uniform(b, 1, t - 1, h, w)
     losses = {
         "temporal_loss": lambda fn, x: fn.temporal_loss(x, second=0.5, reduction=reduction),
         "warp_loss": lambda fn, x: fn.warp_loss(x, flow.to(x.dtype), visible.to(x.dtype), reduction=reduction),

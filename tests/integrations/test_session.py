@@ -213,11 +213,12 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     first = session.generate(**arguments(case))
     made = session.resume(first, 2, latents=first.state(2).latents * 0.9)
     session.save(made, tmp_path / "run")
-    loaded = Session(case.pipe()).load(tmp_path / "run")
+    other = Session(case.pipe())
+    loaded = other.load(tmp_path / "run")
     assert torch.equal(loaded.latents, made.latents) and loaded.kept == made.kept
     for step in range(1, STEPS + 1):
         assert torch.equal(loaded.state(step).latents, made.state(step).latents)
-        further = Session(case.pipe()).resume(loaded, step)
+        further = other.resume(loaded, step)
         assert torch.equal(further.latents, made.latents if step >= 2 else first.latents)
     found = session.replay(tmp_path / "run")
     assert found.same and not found.differences
