@@ -82,7 +82,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8).as_subclass(KINDS[device])
+    room = torch.empty(nbytes + 512, dtype=torch.uint8)
+    begin = -room.data_ptr() % 512  # where a device's allocator begins
+    return room[begin : begin + nbytes].as_subclass(KINDS[device])
 
 
 def key(name: object) -> Key:

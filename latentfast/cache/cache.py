@@ -45,7 +45,7 @@ class LatentCache:
     systems do not carry). Methods may be called from any thread; a process that forks opens its own cache.
 
     Args:
-        path: the folder, made if it is not there; None: memory only.
+        path: the folder, made if it is not there (which needs the extra ``latentfast[cache]``); None: memory only.
         device_bytes: budget of each GPU's memory. 0: nothing stays there; an entry passes through on its way down.
         host_bytes: budget of host memory.
         disk_bytes: budget of the folder, all processes together.
@@ -54,6 +54,7 @@ class LatentCache:
 
     Raises:
         ValueError: a budget is negative, or the policy unknown.
+        ImportError: there is a `path`, and no package blake3.
 
     Example:
         >>> import torch

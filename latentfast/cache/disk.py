@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from latentfast.cache.digest import checksum_of
 from latentfast.cache.files import Reader, Unfinished, sync_folder
 from latentfast.cache.index import Entry, Index
 from latentfast.cache.key import Key
@@ -66,9 +67,13 @@ class Disk:
         path: the folder; made if it is not there.
         budget: the most bytes that its entries may have, together with what is being written.
         policy: "lru" or "cost", which entries go when there is no room.
+
+    Raises:
+        ImportError: the package that makes checksums is not there.
     """
 
     def __init__(self, path: Path, budget: int, policy: str) -> None:
+        checksum_of(b"")  # says now if it can't be made
         self.path, self.budget, self.policy = path, budget, policy
         self._entries, self._quarantine = path / "entries", path / "quarantine"
         self._writers = path / "writers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from latentfast.cache.digest import by_chunks, bytes_of, submit
+from latentfast.cache.digest import by_chunks, bytes_of, checksum_of, submit
 from latentfast.cache.layout import CHECKSUM_AT, CorruptError, Header
 
 __all__ = ["Reader", "Unfinished", "sync_folder"]
@@ -72,14 +71,14 @@ class Unfinished:
         start = len(self.header.raw)
 
         def hash_and_write(chunk: memoryview, at: int) -> bytes:
-            digest = hashlib.sha256(chunk).digest()
+            digest = checksum_of(chunk)
             _write_all(self._file, chunk, start + at)
             return digest
 
         chunks = by_chunks(bytes_of(buffer)[: self.header.layout.nbytes], hash_and_write)
         raw = self.header.raw
-        checksum = self.header.sum(chunks).encode()
-        _write_all(self._file, raw[:CHECKSUM_AT] + checksum + raw[CHECKSUM_AT + 64 :], 0)
+        found = self.header.sum(chunks).encode()
+        _write_all(self._file, raw[:CHECKSUM_AT] + found + raw[CHECKSUM_AT + 64 :], 0)
 
         # The disk begins at once, while the next file is hashed.
         self._synced = submit(_syncers(), os.fsync, self._file)
@@ -156,7 +155,7 @@ class Reader:
 
         def read_and_hash(chunk: memoryview, at: int) -> bytes:
             _read_all(self._file, chunk, start + at)
-            return hashlib.sha256(chunk).digest()
+            return checksum_of(chunk)
 
         chunks = by_chunks(bytes_of(buffer)[: header.layout.nbytes], read_and_hash)
         if header.sum(chunks) != header.checksum:

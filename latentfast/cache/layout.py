@@ -9,7 +9,6 @@ file mapped into memory kills the process when somebody truncates it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentfast.cache.digest import checksum_of
 from latentfast.cache.key import Key
 
 __all__ = ["CorruptError", "Header", "Layout", "aligned"]
 
-FORMAT = "1"
+FORMAT = "2"
 #: The names of safetensors.
 DTYPES = {
     "F64": torch.float64,
@@ -160,7 +160,7 @@ class Header:
 
     def sum(self, chunks: bytes) -> str:
         """The checksum that belongs to this header and these chunks' digests."""
-        return hashlib.sha256(self.raw + chunks).hexdigest()
+        return checksum_of(self.raw + chunks).hex()
 
     @staticmethod
     def length(start: bytes, file_bytes: int) -> int:
