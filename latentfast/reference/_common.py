@@ -23,10 +23,16 @@ def kept_shape(shape: Sequence[int], dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(1 if d in dims else n for d, n in enumerate(shape))
 
 
+def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor; made where it is needed, since a copy from the host waits for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def per_vector(t: float | Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
     """`t` as a tensor of `x`'s dtype and device that broadcasts against `x`, one value a vector."""
-    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    return t.broadcast_to(kept_shape(x.shape, dims))
+    return scalar(t, x.dtype, x.device).broadcast_to(kept_shape(x.shape, dims))
 
 
 def norm(x: Tensor, dims: Sequence[int]) -> Tensor:

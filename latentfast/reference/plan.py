@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentfast.reference._common import working
+from latentfast.reference._common import scalar, working
 from latentfast.reference.edit import blend, edit
 from latentfast.reference.interpolate import lerp, nlerp, slerp
 from latentfast.reference.stats import adain, standardize, tone_map, unstandardize
@@ -41,8 +41,7 @@ def sequence(z: Tensor, steps: Sequence[Step]) -> Tensor:
     for operation, operand, number, mask in steps:
         if operation == "direction":
             rows = operand[(None,) * (z.ndim + 1 - operand.ndim)]
-            strength = torch.as_tensor(number, dtype=torch.float64, device=z.device)
-            z = edit(z, rows, strength.reshape(1), mask)
+            z = edit(z, rows, scalar(number, torch.float64, z.device).reshape(1), mask)
         elif operation == "blend":
             z = blend(z, operand, mask)
         elif operation == "confine":
