@@ -62,6 +62,10 @@ class FakeModel:
 
     def fit(self, clip: Clip) -> None: ...
 
+    def recall(self, shot: Shot) -> None: ...
+
+    def remember(self, shot: Shot, clip: Clip) -> None: ...
+
 
 @dataclass
 class Served:

@@ -5,6 +5,7 @@ import math
 import random
 import string
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from studio_fakes import SHOT, FakeModel
 
 import latentfast
 from latentfast import tiny
+from latentfast.cache import LatentCache
+from latentfast.cli.sampler import Sampler
 from latentfast.recipe import Recipe
 from latentfast.studio import protocol
-from latentfast.studio.document import Document, History, Layer
+from latentfast.studio.document import Document, History, Layer, Shot
 from latentfast.studio.kinds import KINDS, colour_direction
 from latentfast.studio.library import Library, rivals
+from latentfast.studio.model import Model
 from latentfast.studio.pictures import places
 from latentfast.studio.protocol import RefusedError, packet, parse, read_run, run_data
 
@@ -317,3 +321,30 @@ def test_places_of_latent_frames() -> None:
     assert places(7, 25, every=2) == [0.0, 6.5, 14.5, 22.5]
     assert places(4, 12) == [1.0, 4.0, 7.0, 10.0]
     assert places(1, 1) == [0.0]
+
+
+def test_a_clip_is_recalled_by_a_later_run_of_the_same_model(tmp_path: Path) -> None:
+    call = {"num_inference_steps": 2, "num_frames": 5, "height": 32, "width": 32, "guidance_scale": 2.0}
+    shot = Shot("a red circle", 3, 2, 2.0)
+    sampler = Sampler(tiny.load_pipeline(), call)
+    with LatentCache(tmp_path / "cache") as cache:
+        model = Model(sampler, cache=cache)
+        assert model.recall(shot) is None
+        clip = model.make(shot, outdated=lambda: False, on_step=lambda step: None)
+        model.remember(shot, clip)
+        found = model.recall(shot)
+        assert found is not None and found.frames is None
+        clip.frames = model.decode(clip.latents, lambda: False)[0]
+        model.remember(shot, clip)
+    with LatentCache(tmp_path / "cache") as cache:
+        model = Model(Sampler(tiny.load_pipeline(), call), cache=cache)
+        found = model.recall(shot)
+        assert found is not None and found.words == clip.words and found.note == clip.note
+        for name in ("latents", "heat", "frames"):
+            assert torch.equal(getattr(found, name), getattr(clip, name)), name
+        for other in (replace(shot, seed=4), replace(shot, steps=3), replace(shot, prompt="a red star")):
+            assert model.recall(other) is None
+        with torch.no_grad():
+            sampler.pipeline.transformer.proj_out.bias.add_(1)
+        assert Model(sampler, cache=cache).recall(shot) is None
+    assert Model(sampler).recall(shot) is None

@@ -192,12 +192,15 @@ def studio(
     token: Annotated[
         str | None, typer.Option(help="What the page's address must have; default: a new one, printed.")
     ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep the clips that are made there.", file_okay=False)
+    ] = None,
     request: Request,
 ) -> None:
     """Open a local page to make a clip and edit it live: sliders, masks of words, undo, export."""
     from latentfast.cli.studio import run_studio
 
-    run_studio(request, host=host, port=port, token=token)
+    run_studio(request, host=host, port=port, token=token, cache=cache)
 
 
 @app.command()

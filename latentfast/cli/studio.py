@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 
+from latentfast.cache import LatentCache
 from latentfast.cli.errors import UserError
 from latentfast.cli.request import Request
 from latentfast.studio import LOOPBACK, Access, Document, Model, Shot, Studio, new_token, serve
@@ -19,7 +21,7 @@ PROMPT = "a big red circle moving left and a small yellow star moving right on a
 SHORTEST_TOKEN = 16
 
 
-def run_studio(request: Request, *, host: str, port: int, token: str | None) -> None:
+def run_studio(request: Request, *, host: str, port: int, token: str | None, cache: Path | None = None) -> None:
     """Serve the studio until Ctrl-C.
 
     Args:
@@ -27,6 +29,7 @@ def run_studio(request: Request, *, host: str, port: int, token: str | None) -> 
         host: The address to bind to; one that other machines reach needs a token of the caller's.
         port: 0: any that is free.
         token: Of the page's address; None: a new one.
+        cache: The folder of a latent cache, which keeps the clips that are made.
     """
     if token is None and host not in LOOPBACK:
         raise UserError(f"--host: {host} can be reached by other machines: give --token, at least 16 characters")
@@ -35,13 +38,13 @@ def run_studio(request: Request, *, host: str, port: int, token: str | None) -> 
 
     @contextmanager
     def load() -> Iterator[Model]:
-        with request.sampler() as sampler:
+        with request.sampler() as sampler, nullcontext() if cache is None else LatentCache(cache) as kept:
             if request.model is None:
                 from latentfast import tiny
 
-                yield Model(sampler, tiny.rgb_factors(sampler.device))
+                yield Model(sampler, tiny.rgb_factors(sampler.device), kept)
             else:
-                yield Model(sampler)
+                yield Model(sampler, cache=kept)
 
     studio = Studio(load, _start(request))
     console = Console(highlight=False, soft_wrap=True)

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 import latentfast
+from latentfast.cache import Key, LatentCache
 from latentfast.integrations.diffusers import AttentionCapture
 from latentfast.integrations.diffusers.words import numbered_words, prompt_tokens
 from latentfast.preview.sampling import estimates
+from latentfast.session.arguments import UnwritableError, to_data
+from latentfast.session.describe import describe_pipeline
+from latentfast.session.states import Pool, layout_of
 from latentfast.studio.document import Shot, Word
 
 __all__ = ["Clip", "Model", "OutdatedError", "Sampling"]
@@ -69,13 +73,16 @@ class Model:
     Args:
         sampler: The pipeline with its fixed arguments.
         factors: RGB factors `(C, 3)` and `(3,)`; None: they are fitted to the first clip.
+        cache: Keeps the clips that were made for later runs.
 
     Raises:
         ValueError: its latents have no frames.
     """
 
-    def __init__(self, sampler: Sampling, factors: tuple[Tensor, Tensor] | None = None) -> None:
-        self._sampler = sampler
+    def __init__(
+        self, sampler: Sampling, factors: tuple[Tensor, Tensor] | None = None, cache: LatentCache | None = None
+    ) -> None:
+        self._sampler, self._cache = sampler, cache
         self.factors = factors
         noise = sampler.noise(0)
         self._frame_dim = sampler.frame_dim(noise)
@@ -164,6 +171,38 @@ class Model:
         if self.factors is None and clip.frames is not None:
             found = latentfast.fit_rgb(clip.latents.float(), clip.frames[None].to(clip.latents.device))
             self.factors = found.weight, found.bias
+
+    def recall(self, shot: Shot) -> Clip | None:
+        """The clip of a shot as an earlier run made it with the same pipeline; None if the cache has none."""
+        key = self._key(shot)
+        found = None if self._cache is None or key is None else self._cache.get(key, device=self.device)
+        if found is None:
+            return None
+        layout = layout_of(found)
+        words = tuple((str(word), int(number)) for word, number in layout["words"])
+        frames = found["frames"].cpu() if "frames" in found else None
+        return Clip(found["latents"], found.get("heat"), words, layout["note"], frames)
+
+    def remember(self, shot: Shot, clip: Clip) -> None:
+        """Put a clip into the cache, with its frames if it was decoded."""
+        key = self._key(shot)
+        if self._cache is None or key is None:
+            return
+        pool = Pool(self.device)
+        for name, x in (("latents", clip.latents), ("heat", clip.heat), ("frames", clip.frames)):
+            if x is not None:
+                pool.tensors[name] = x.to(self.device).contiguous()
+        self._cache.put(key, pool.with_layout({"words": clip.words, "note": clip.note}))
+
+    def _key(self, shot: Shot) -> Key | None:
+        if self._cache is None:
+            return None
+        pipe, call = self._sampler.pipeline, self._with(shot).call
+        try:
+            made = {"pipeline": describe_pipeline(pipe, self.device), "call": to_data(call, {}, "call")}
+        except UnwritableError:  # its weights can't be told apart from others
+            return None
+        return Key.of({"kind": "clip of the studio", **made, "prompt": shot.prompt, "seed": shot.seed})
 
     def _with(self, shot: Shot) -> Any:
         call = {**self._sampler.call, "num_inference_steps": shot.steps}

@@ -122,13 +122,18 @@ class Workshop:
         try:
             clip = self._library.clip(shot)
             if clip is None:
-                on_step(0)
-                clip = model.make(shot, outdated=outdated, on_step=on_step, show=show if first else None)
+                clip = model.recall(shot)
+                if clip is None:
+                    on_step(0)
+                    clip = model.make(shot, outdated=outdated, on_step=on_step, show=show if first else None)
+                    model.remember(shot, clip)
                 self._library.keep(shot, clip)
                 self._tell()
             if first:
-                self._say(Job("Decoding the clip …"))
-                clip.frames = model.decode(clip.latents, outdated)[0]
+                if clip.frames is None:
+                    self._say(Job("Decoding the clip …"))
+                    clip.frames = model.decode(clip.latents, outdated)[0]
+                    model.remember(shot, clip)
                 model.fit(clip)
                 self._library.factors = model.factors
         except OutdatedError:
