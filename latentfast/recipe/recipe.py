@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
+from latentfast._json import strict_json
 from latentfast.recipe.apply import applied
 from latentfast.recipe.edit import Edit, edit_from_data, registered
 from latentfast.recipe.errors import told
@@ -201,13 +202,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str | bytes) -> Recipe:
         """The inverse of `to_json`; errors are those of `from_data`."""
-        try:
-            data = json.loads(text, parse_constant=_refuse, object_pairs_hook=_without_twins)
-        except RecursionError:
-            raise ValueError("a recipe must be JSON: it is nested too deeply") from None
-        except ValueError as error:
-            raise ValueError(f"a recipe must be JSON: {error}") from None
-        return cls.from_data(data)
+        return cls.from_data(strict_json(text, "a recipe", "is not a number that a recipe can hold"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json` into a file, which appears whole or not at all."""
@@ -325,18 +320,6 @@ def _check_edit(edit: object, index: int) -> None:
 
 def _head(data: Any) -> str:
     return f"format {data.get('format')!r}" if isinstance(data, Mapping) else type(data).__name__
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a number that a recipe can hold")
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return made
 
 
 def _escaped(name: str) -> str:

@@ -18,7 +18,7 @@ from latentfast.integrations.diffusers.words import numbered_words, prompt_token
 from latentfast.preview.sampling import estimates
 from latentfast.session.arguments import UnwritableError, to_data
 from latentfast.session.describe import describe_pipeline
-from latentfast.session.states import Pool, layout_of
+from latentfast.session.states import Pool, layout_of, read
 from latentfast.studio.document import Shot, Word
 
 __all__ = ["Clip", "Model", "OutdatedError", "Sampling"]
@@ -179,9 +179,9 @@ class Model:
         if found is None:
             return None
         layout = layout_of(found)
+        latents, heat, frames = read(found, layout["tensors"])
         words = tuple((str(word), int(number)) for word, number in layout["words"])
-        frames = found["frames"].cpu() if "frames" in found else None
-        return Clip(found["latents"], found.get("heat"), words, layout["note"], frames)
+        return Clip(latents, heat, words, layout["note"], None if frames is None else frames.cpu())
 
     def remember(self, shot: Shot, clip: Clip) -> None:
         """Put a clip into the cache, with its frames if it was decoded."""
@@ -189,10 +189,8 @@ class Model:
         if self._cache is None or key is None:
             return
         pool = Pool(self.device)
-        for name, x in (("latents", clip.latents), ("heat", clip.heat), ("frames", clip.frames)):
-            if x is not None:
-                pool.tensors[name] = x.to(self.device).contiguous()
-        self._cache.put(key, pool.with_layout({"words": clip.words, "note": clip.note}))
+        tensors = pool.write([clip.latents, clip.heat, clip.frames])
+        self._cache.put(key, pool.with_layout({"tensors": tensors, "words": clip.words, "note": clip.note}))
 
     def _key(self, shot: Shot) -> Key | None:
         if self._cache is None:

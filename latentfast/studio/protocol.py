@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+from latentfast._json import strict_json
 from latentfast.recipe.edit import Data, described
 from latentfast.recipe.parameters import Kind, Many, Number, OneOf, OptionalKind, Whole
 from latentfast.studio.document import Document, Layer, Shot, Word
@@ -204,11 +205,9 @@ def parse(text: str) -> Message:
     if len(text) > LARGEST:
         raise RefusedError(f"a message must have at most {LARGEST} bytes, got {len(text)}")
     try:
-        data = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_twins)
-    except RecursionError:
-        raise RefusedError("a message must be JSON: it is nested too deeply") from None
+        data = strict_json(text, "a message", "is no number")
     except ValueError as error:
-        raise RefusedError(f"a message must be JSON: {_short(str(error))}") from None
+        raise RefusedError(_short(str(error))) from None
     if not isinstance(data, dict):
         raise RefusedError(f"a message must be an object, got {type(data).__name__}")
     name = data.pop("type", None)
@@ -225,17 +224,6 @@ def _short(text: str) -> str:
     """One line that a page can show, whatever came."""
     line = " ".join(text.split())
     return line if len(line) <= 200 else line[:199] + "…"
-
-
-def _no_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number")
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return made
 
 
 # --- A run's file ----------------------------------------------------------------------------------------------------
