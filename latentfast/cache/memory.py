@@ -260,6 +260,8 @@ def host_memory(nbytes: int) -> Tensor:
     """
     buffer = fresh_memory(nbytes)
     if nbytes >= _OWN_PAGES_FROM and torch.cuda.is_available() and torch.cuda.is_initialized():
+        # Pages come into being here, not inside of the call, which keeps other threads from launching kernels.
+        buffer[:: mmap.PAGESIZE].zero_()
         with _others_may_capture():
             # portable: for the contexts of all devices; where it fails, copies merely wait
             torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 1)

@@ -26,7 +26,7 @@ def to_data(value: Any, tensors: dict[str, Tensor], where: str = "value") -> Any
     Args:
         value: None, numbers, text, tensors, arrays, pictures of PIL, generators, dtypes, devices, dataclasses of
             diffusers, and lists, tuples and mappings of them.
-        tensors: Gets those in it, by digest.
+        tensors: Gets those in it, by digest. One that is in there already is not digested again.
         where: What it is called in an error.
 
     Raises:
@@ -97,7 +97,8 @@ def from_data(data: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _kept(tensor: Tensor, tensors: dict[str, Tensor]) -> str:
-    name = digest_tensor(tensor)
+    known = (name for name, other in tensors.items() if other is tensor)
+    name = next(known, None) or digest_tensor(tensor)
     tensors[name] = tensor
     return name
 

@@ -54,12 +54,15 @@ class Shelf:
         self._cache = None if request.data is None else cache
         self._stride = keep if isinstance(keep, int) else 1
         self._budget = keep.nbytes if isinstance(keep, Budget) else None
+        self._keys: dict[int, Key] = {}  # each is asked for when a request is looked up, kept, and at its end
         self._here: dict[int, State] = {}
         self._put: dict[int, int] = {}  # bytes of what is in the cache, by step
 
     def key(self, step: int) -> Key:
         """What a state is found by."""
-        return Key.of({"kind": "state", "request": self._request.digest, "step": step})
+        if step not in self._keys:
+            self._keys[step] = Key.of({"kind": "state", "request": self._request.digest, "step": step})
+        return self._keys[step]
 
     def wants(self, step: int, steps: int) -> bool:
         """Whether the state after a step is to be kept."""

@@ -48,7 +48,7 @@ class Texts:
 
         def look(*args: Any, **kwargs: Any) -> Any:
             try:
-                given = to_data([list(args), kwargs], {}, "encode_prompt")
+                given = to_data([list(args), kwargs], dict(request.inputs), "encode_prompt")
             except UnwritableError:
                 return encode(*args, **kwargs)
             key = Key.of({"kind": "text", "pipeline": where, "arguments": given})

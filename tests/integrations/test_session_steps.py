@@ -256,3 +256,13 @@ def test_bad_calls() -> None:
         next(x for x in states if x.steps == 7 and x.step == 1).with_latents(states[0].latents)
     with pytest.raises(ValueError, match="must have a scheduler and take"):
         run_steps(diffusers.DDIMPipeline(unet=None, scheduler=diffusers.DDIMScheduler()), {})
+
+
+@pytest.mark.parametrize("solver", ["unipc-2", "dpm++2m"])
+def test_a_state_has_what_its_solver_remembers_once(solver: str) -> None:
+    """The clip that a prediction leads to is what these remember of it."""
+    pipe = BY_NAME["wan"].pipe()
+    pipe.scheduler = SCHEDULERS["wan"][solver]()
+    states: list[State] = []
+    run_steps(pipe, BY_NAME["wan"].inputs(), on_state=states.append)
+    assert all(state.x0 is state.history["model_outputs"][-1] for state in states[1:])

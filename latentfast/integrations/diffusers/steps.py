@@ -206,6 +206,7 @@ class _Sampling:
         self.steps: int | None = None
         self.extras: tuple[Tensor, ...] = ()
         self.x0: Tensor | None = None
+        self.converted: tuple[Tensor, Tensor | None, Tensor] | None = None  # a prediction, with which sample, as what
         self.before: dict[str, _Value] = {}  # the scheduler's attributes when the loop began
 
     def run(self) -> tuple[Any, int]:
@@ -345,13 +346,24 @@ class _Sampling:
             x0 = self._x0(scheduler, given) if self.wants(self.step + 1, self.steps or 0) else None
             result = parents(scheduler, *args, **kwargs)
         finally:
-            self.inside = was
+            self.inside, self.converted = was, None
         second = (result if isinstance(result, tuple) else result.to_tuple())[1:2]
         if self.carries:
             self.extras = second
         own = getattr(scheduler, "x0", None)
         self.x0 = own if own is not None else x0 if x0 is not None else next(iter(second), None)
         return result
+
+    def convert(self, parents: Callable, scheduler: Any, prediction: Tensor, args: tuple, kwargs: dict) -> Any:
+        """A prediction as a multistep solver remembers it: `x0` needs it before the step does, and is it for most. So
+        it is made once, and once kept.
+        """
+        sample, known = kwargs.get("sample"), self.converted
+        if known is not None and known[0] is prediction and known[1] is sample and not args and len(kwargs) < 2:
+            return known[2]
+        made = parents(scheduler, prediction, *args, **kwargs)
+        self.converted = prediction, sample, made
+        return made
 
     @staticmethod
     def _x0(scheduler: Any, given: dict[str, Any]) -> Tensor | None:
@@ -380,8 +392,15 @@ def _watched(cls: type) -> type:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return vars(self)["_sampling"].stepped(cls.step, self, args, kwargs)  # type: ignore[attr-defined]
 
+    def convert_model_output(self: Any, prediction: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parents = cls.convert_model_output  # type: ignore[attr-defined]
+        return vars(self)["_sampling"].convert(parents, self, prediction, args, kwargs)
+
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "timesteps": property(timesteps, set_timesteps), "step": step})
+    own = {"timesteps": property(timesteps, set_timesteps), "step": step}
+    if hasattr(cls, "convert_model_output"):
+        own["convert_model_output"] = convert_model_output
+    return type(cls.__name__, (cls,), {**names, **own})
 
 
 def _plain(value: _Value) -> bool:
