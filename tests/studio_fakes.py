@@ -32,6 +32,8 @@ class FakeModel:
     def __init__(self) -> None:
         self.factors = torch.eye(4)[:, :3].contiguous(), torch.zeros(3)
         self.made: list[Shot] = []
+        self.keys: list[Shot] = []  # that were asked for
+        self.remembered: list[tuple[Shot, bool]] = []  # the keys, and whether there were frames
         self.gate = threading.Event()  # a step waits for it
         self.gate.set()
         self.pause = 0.0  # of each step
@@ -66,9 +68,14 @@ class FakeModel:
 
     def fit(self, clip: Clip) -> None: ...
 
-    def recall(self, shot: Shot) -> None: ...
+    def key(self, shot: Shot) -> Shot:
+        self.keys.append(shot)
+        return shot
 
-    def remember(self, shot: Shot, clip: Clip) -> None: ...
+    def recall(self, key: Shot) -> None: ...
+
+    def remember(self, key: Shot, clip: Clip) -> None:
+        self.remembered.append((key, clip.frames is not None))
 
 
 @dataclass

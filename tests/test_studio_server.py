@@ -228,6 +228,11 @@ def test_sampling_is_shown_on_the_way(studio: Served, tab: Tab) -> None:
     tab.edited(sampling="", exact=True)
 
 
+def test_a_clip_is_put_into_the_cache_made_and_decoded_under_one_key(studio: Served, tab: Tab) -> None:
+    assert studio.model.keys == [SHOT]
+    assert studio.model.remembered == [(SHOT, False), (SHOT, True)]
+
+
 def test_a_clip_that_cannot_be_made_is_told(tab: Tab) -> None:
     tab.send("generate", prompt="impossible", seed=0, steps=1, guidance=1.0)
     tab.until(lambda: tab.problems)
