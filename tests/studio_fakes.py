@@ -1,15 +1,19 @@
-"""A model for the studio that makes its clips at once, and a studio that is served on a thread."""
+"""A model for the studio that makes its clips at once, a studio that is served on a thread, and a tab of its page."""
 
 import asyncio
+import json
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import torch
 from torch import Tensor
+from websockets.sync.client import ClientConnection, connect
 
 from latentfast.integrations.diffusers.words import numbered_words
 from latentfast.studio import Access, Document, Shot, Studio, running
@@ -28,6 +32,8 @@ class FakeModel:
     def __init__(self) -> None:
         self.factors = torch.eye(4)[:, :3].contiguous(), torch.zeros(3)
         self.made: list[Shot] = []
+        self.keys: list[Shot] = []  # that were asked for
+        self.remembered: list[tuple[Shot, bool]] = []  # the keys, and whether there were frames
         self.gate = threading.Event()  # a step waits for it
         self.gate.set()
         self.pause = 0.0  # of each step
@@ -62,9 +68,14 @@ class FakeModel:
 
     def fit(self, clip: Clip) -> None: ...
 
-    def recall(self, shot: Shot) -> None: ...
+    def key(self, shot: Shot) -> Shot:
+        self.keys.append(shot)
+        return shot
 
-    def remember(self, shot: Shot, clip: Clip) -> None: ...
+    def recall(self, key: Shot) -> None: ...
+
+    def remember(self, key: Shot, clip: Clip) -> None:
+        self.remembered.append((key, clip.frames is not None))
 
 
 @dataclass
@@ -135,3 +146,69 @@ def served(load=None, document: Document | None = None, token: str = "a token of
     finally:
         if thread.is_alive() and ready:
             ready[0][1].call_soon_threadsafe(stop[0].set)
+
+
+class Tab:
+    """A page that is open, as far as the studio sees it."""
+
+    def __init__(self, studio: Served, **options: Any) -> None:
+        self._stack = ExitStack()
+        self.socket: ClientConnection = self._stack.enter_context(
+            connect(studio.url("/ws", "ws"), max_size=None, compression=None, open_timeout=PATIENCE, **options)
+        )
+        self.state: dict[str, Any] = {}
+        self.hello: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.clips: dict[str, tuple[dict[str, Any], bytes]] = {}
+
+    def __enter__(self) -> "Tab":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def send(self, type: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": type, **fields}))
+
+    def until(self, right: Callable[[], Any]) -> Any:
+        """Takes what comes until something is right."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := right()):
+            self.take(self.socket.recv(timeout=max(0.001, deadline - time.monotonic())))
+        return found
+
+    def take(self, message: str | bytes) -> None:
+        if isinstance(message, str):
+            data = json.loads(message)
+            if data["type"] == "problem":
+                self.problems.append(data["text"])
+            elif data["type"] in ("state", "hello"):
+                setattr(self, data["type"], data)
+            return
+        (length,) = struct.unpack_from("<I", message)
+        header = json.loads(message[4 : 4 + length])
+        self.clips[header["clip"]] = header, message[4 + length :]
+        if header["clip"] == "edited":
+            self.send("shown", number=header["number"])
+
+    def ready(self) -> "Tab":
+        self.until(lambda: self.state.get("ready") and self.state["job"] is None and "source exact" in self.clips)
+        return self
+
+    def layer(self, index: int = -1) -> dict[str, Any]:
+        return self.state["layers"][index]
+
+    def pixels(self, name: str = "edited") -> Tensor:
+        header, payload = self.clips[name]
+        colours = 1 if header["codec"] == "gray" else 3
+        shape = (len(header["places"]), header["height"], header["width"], colours)
+        return torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(shape)
+
+    def edited(self, **wanted: Any) -> dict[str, Any]:
+        """The header of a picture like this."""
+
+        def right() -> Any:
+            header = self.clips.get("edited", ({}, b""))[0]
+            return header if header and all(header[name] == value for name, value in wanted.items()) else None
+
+        return self.until(right)

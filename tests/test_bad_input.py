@@ -21,6 +21,10 @@ META = torch.zeros(2, 3, 4, device="meta")
 INTS = torch.zeros(2, 3, 4, dtype=torch.int64)
 lf = latentfast
 
+#: Parts of sentences that several rows expect.
+FLOATS = "float32, float16, bfloat16 or float64"
+DIMS = "dim must name dimensions of a 3-D tensor, from -3 to 2, got"
+
 
 def _grad(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, requires_grad=True)
@@ -32,7 +36,7 @@ _INTERPOLATE = [
     for row in [
         (lambda f=f: f([1.0], A, 0.5), TypeError, "a must be a tensor, got list"),
         (lambda f=f: f(A, None, 0.5), TypeError, "b must be a tensor, got NoneType"),
-        (lambda f=f: f(INTS, INTS, 0.5), TypeError, "a must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(INTS, INTS, 0.5), TypeError, f"a must be {FLOATS}, got int64"),
         (lambda f=f: f(A, A[:1], 0.5), ValueError, "b must have a's shape (2, 3, 4), got (1, 3, 4)"),
         (lambda f=f: f(A, A.double(), 0.5), TypeError, "b must have a's dtype float32, got float64"),
         (lambda f=f: f(A, META, 0.5), ValueError, "b must be on a's device cpu, got meta"),
@@ -51,20 +55,12 @@ _INTERPOLATE = [
             "t must broadcast to (2, 1, 1), got shape (1, 2, 1, 1)",
         ),
         (lambda f=f: f(A, A, torch.zeros(2, 1, 1, device="meta")), ValueError, "t must be on a's device cpu, got meta"),
-        (lambda f=f: f(A, A, 0.5, dim=3), ValueError, "dim must name dimensions of a 3-D tensor, from -3 to 2, got 3"),
+        (lambda f=f: f(A, A, 0.5, dim=3), ValueError, f"{DIMS} 3"),
         (lambda f=f: f(A, A, 0.5, dim=(1, -2)), ValueError, "dim must name each dimension once, got (1, -2)"),
-        (
-            lambda f=f: f(A, A, 0.5, dim=()),
-            ValueError,
-            "dim must name dimensions of a 3-D tensor, from -3 to 2, got ()",
-        ),
+        (lambda f=f: f(A, A, 0.5, dim=()), ValueError, f"{DIMS} ()"),
         (lambda f=f: f(A, A, 0.5, dim=(1.0,)), ValueError, "dim must name dimensions"),
         (lambda f=f: f(A, A, 0.5, dim="channels"), ValueError, "dim must name dimensions"),
-        (
-            lambda f=f: f(A, A, 0.5, dim=2.0),
-            ValueError,
-            "dim must name dimensions of a 3-D tensor, from -3 to 2, got 2.0",
-        ),
+        (lambda f=f: f(A, A, 0.5, dim=2.0), ValueError, f"{DIMS} 2.0"),
     ]
 ]
 
@@ -125,7 +121,7 @@ _MEAN = [
 
 _EDIT = [
     (lambda: lf.edit(1.0, A, [1.0]), TypeError, "z must be a tensor, got float"),
-    (lambda: lf.edit(INTS, INTS, [1.0]), TypeError, "z must be float32, float16, bfloat16 or float64, got int64"),
+    (lambda: lf.edit(INTS, INTS, [1.0]), TypeError, f"z must be {FLOATS}, got int64"),
     (lambda: lf.edit(A, [A], [1.0]), TypeError, "directions must be a tensor, got list"),
     (lambda: lf.edit(A, A[None].half(), [1.0]), TypeError, "directions must have z's dtype float32, got float16"),
     (lambda: lf.edit(A, META[None], [1.0]), ValueError, "directions must be on z's device cpu, got meta"),
@@ -151,11 +147,7 @@ _EDIT = [
         "strengths must be on z's device cpu, got meta",
     ),
     (lambda: lf.edit(A, A[None], [1.0], [1.0]), TypeError, "mask must be a tensor, got list"),
-    (
-        lambda: lf.edit(A, A[None], [1.0], INTS),
-        TypeError,
-        "mask must be bool, float32, float16, bfloat16 or float64, got int64",
-    ),
+    (lambda: lf.edit(A, A[None], [1.0], INTS), TypeError, f"mask must be bool, {FLOATS}, got int64"),
     (
         lambda: lf.edit(A, A[None], [1.0], torch.ones(5)),
         ValueError,
@@ -184,7 +176,7 @@ _TEMPORAL = [
     for f in (lf.temporal_loss, lf.temporal_loss_and_grad)
     for row in [
         (lambda f=f: f(None), TypeError, "z must be a tensor, got NoneType"),
-        (lambda f=f: f(VIDEO.long()), TypeError, "z must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(VIDEO.long()), TypeError, f"z must be {FLOATS}, got int64"),
         (lambda f=f: f(VIDEO, VIDEO[:1]), ValueError, "ref must have z's shape (2, 3, 4, 5, 6), got (1, 3, 4, 5, 6)"),
         (lambda f=f: f(VIDEO, VIDEO.half()), TypeError, "ref must have z's dtype float32, got float16"),
         (lambda f=f: f(VIDEO, mask=1.0), TypeError, "mask must be a tensor, got float"),
@@ -221,7 +213,7 @@ _WARP = [
         ValueError,
         "flow must have shape (B, 2, T − 1, H, W) = (2, 2, 3, 5, 6), got (2, 2, 2, 5, 6)",
     ),
-    (lambda: lf.warp_loss(VIDEO, FLOW.long()), TypeError, "flow must be float32, float16, bfloat16 or float64"),
+    (lambda: lf.warp_loss(VIDEO, FLOW.long()), TypeError, f"flow must be {FLOATS}"),
     (lambda: lf.warp_loss(VIDEO, FLOW.to("meta")), ValueError, "flow must be on z's device cpu, got meta"),
     (lambda: lf.warp_loss(VIDEO, FLOW, frame_dim=3), ValueError, "frame_dim must be 1 or 2, got 3"),
     (lambda: lf.warp_loss(VIDEO, FLOW, reduction="all"), ValueError, "reduction must be mean or none, got 'all'"),
@@ -317,7 +309,7 @@ _GUIDE = [
         (lambda f=f: f(A, A[:1], 5.0), ValueError, "uncond must have cond's shape (2, 3, 4), got (1, 3, 4)"),
         (lambda f=f: f(A, A.half(), 5.0), TypeError, "uncond must have cond's dtype float32, got float16"),
         (lambda f=f: f(A, META, 5.0), ValueError, "uncond must be on cond's device cpu, got meta"),
-        (lambda f=f: f(INTS, INTS, 5.0), TypeError, "cond must be float32, float16, bfloat16 or float64, got int64"),
+        (lambda f=f: f(INTS, INTS, 5.0), TypeError, f"cond must be {FLOATS}, got int64"),
         (lambda f=f: f(A, A, "5"), TypeError, "scale must be a number, got str"),
         (lambda f=f: f(A, A, A), TypeError, "scale must be a number, got Tensor"),
         (lambda f=f: f(A, A, math.nan), ValueError, "scale must be finite, got nan"),
@@ -425,11 +417,7 @@ _COMBINE = [
         "tensors[1] must have tensors[0]'s shape (2, 3, 4), got (1",
     ),
     (lambda: lf.combine([A, 3.0], [1.0, 1.0]), TypeError, "tensors[1] must be a tensor, got float"),
-    (
-        lambda: lf.combine([INTS], [1.0]),
-        TypeError,
-        "tensors[0] must be float32, float16, bfloat16 or float64, got int64",
-    ),
+    (lambda: lf.combine([INTS], [1.0]), TypeError, f"tensors[0] must be {FLOATS}, got int64"),
     (lambda: lf.combine([A, A], [1.0]), ValueError, "coefficients must be 2 numbers, one for each tensor, got 1"),
     (lambda: lf.combine([A], 1.0), TypeError, "coefficients must be a list of numbers, got float"),
     (lambda: lf.combine([A], ["1"]), TypeError, "coefficients[0] must be a number, got str"),

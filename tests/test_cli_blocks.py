@@ -1,4 +1,4 @@
-"""The command line's building blocks: outputs, clips as files, samplers of any pipeline, the recipes."""
+"""The command line's building blocks: outputs, clips as files, samplers of any pipeline, what is done with latents."""
 
 import errno
 import io
@@ -13,8 +13,9 @@ from PIL import Image
 
 import latentfast
 from latentfast.cache.environment import active_backend
-from latentfast.cli import recipes, report, video
+from latentfast.cli import report, video
 from latentfast.cli.errors import UserError
+from latentfast.cli.latents import changed_region, disturb, latent_path, mend, outside_keeps_bits
 from latentfast.cli.loading import load_pipeline
 from latentfast.cli.output import atomic_outputs
 from latentfast.cli.sampler import Sampler
@@ -197,7 +198,7 @@ def test_sampler_refuses_what_the_pipeline_refuses(wan_folder: Path) -> None:
         Sampler(pipeline, {"colour": "red"})
 
 
-# ------------------------------------------------------------------------------------------------------------- recipes
+# -------------------------------------------------------------------------------------------------------------- latents
 
 
 def test_region_is_where_latents_differ() -> None:
@@ -205,7 +206,7 @@ def test_region_is_where_latents_differ() -> None:
     a = torch.randn(1, 16, 3, 12, 12)
     b = a + 0.01 * torch.randn_like(a)
     b[:, :, 1, 4:7, 5:8] += 2.0
-    region = recipes.changed_region(a, b, grow=0)
+    region = changed_region(a, b, grow=0)
     assert region.shape == (1, 1, 3, 12, 12)
     assert set(region.unique().tolist()) == {0.0, 1.0}
     assert region[0, 0, 1, 5, 6] == 1
@@ -213,7 +214,7 @@ def test_region_is_where_latents_differ() -> None:
     rows, columns = region[0, 0, 1].nonzero().unbind(1)
     # The smoothing reaches one cell around the 3x3 cells that changed, not further.
     assert rows.min() >= 3 and rows.max() <= 7 and columns.min() >= 4 and columns.max() <= 8
-    moved = recipes.changed_region(a.transpose(1, 2), b.transpose(1, 2), frame_dim=1, grow=0)
+    moved = changed_region(a.transpose(1, 2), b.transpose(1, 2), frame_dim=1, grow=0)
     assert torch.equal(moved.transpose(1, 2), region)
 
 
@@ -222,15 +223,15 @@ def test_outside_counts_lost_bits() -> None:
     mask = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 1, 2, 2)
     edited = source.clone()
     edited[..., 0, 0] = 5
-    assert recipes.outside_keeps_bits(source, edited, mask) == (6, 6)
+    assert outside_keeps_bits(source, edited, mask) == (6, 6)
     edited[0, 1, 0, 1, 1] = -0.0  # equal as a number, another bit
-    assert recipes.outside_keeps_bits(source, edited, mask) == (6, 5)
+    assert outside_keeps_bits(source, edited, mask) == (6, 5)
 
 
 def test_latent_path_keeps_the_length() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1, 16, 3, 8, 8, generator=generator)
-    path = recipes.latent_path(a, b, 5)
+    path = latent_path(a, b, 5)
     assert path.shape == (5, 16, 3, 8, 8)
     assert torch.equal(path[:1], a) and torch.equal(path[-1:], b)
     lengths = path.flatten(1).norm(dim=1)
@@ -254,8 +255,8 @@ def passing_shape() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_mend_calms_still_regions_and_spares_the_moving_one() -> None:
     clean, untouched = passing_shape()
-    shaken = recipes.disturb(clean, seed=1, flicker=0.4, jitter=0.4)
-    mended = recipes.mend(shaken, steps=40)
+    shaken = disturb(clean, seed=1, flicker=0.4, jitter=0.4)
+    mended = mend(shaken, steps=40)
     before = (shaken - clean).square()
     after = (mended.latents - clean).square()
     # The mean of 7 frames has a seventh of the error's variance; the data term keeps it from going all the way.
@@ -270,14 +271,14 @@ def test_mend_calms_still_regions_and_spares_the_moving_one() -> None:
 
 def test_mend_of_one_frame_changes_nothing() -> None:
     clip = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(recipes.mend(clip, steps=3).latents, clip)
+    assert torch.equal(mend(clip, steps=3).latents, clip)
 
 
 def test_mend_takes_frames_in_dimension_one() -> None:
     clean, _ = passing_shape()
-    shaken = recipes.disturb(clean, seed=1, flicker=0.4, jitter=0.4)
-    swapped = recipes.mend(shaken.transpose(1, 2).contiguous(), steps=5, frame_dim=1)
-    straight = recipes.mend(shaken, steps=5)
+    shaken = disturb(clean, seed=1, flicker=0.4, jitter=0.4)
+    swapped = mend(shaken.transpose(1, 2).contiguous(), steps=5, frame_dim=1)
+    straight = mend(shaken, steps=5)
     # The sums run over the same values in another order; 5 steps from there.
     torch.testing.assert_close(swapped.latents.transpose(1, 2), straight.latents, rtol=1e-5, atol=1e-5)
 

@@ -1,14 +1,19 @@
-"""Options that several commands have, as the fields of a dataclass."""
+"""Options of the command line: those that several commands have, as the fields of a dataclass, and their names."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import pytest
 
 typer = pytest.importorskip("typer")
 
+from typer.models import OptionInfo  # noqa: E402
+
+from latentfast.cli.app import app as command_line  # noqa: E402
 from latentfast.cli.options import grouped  # noqa: E402
 
 
@@ -44,3 +49,56 @@ def test_the_fields_limits_hold() -> None:
     with pytest.raises(typer.BadParameter) as refused:
         invoke("a", "--wide", "0")
     assert "--wide" in refused.value.format_message()
+
+
+def functions(app: typer.Typer) -> Iterator[Callable[..., Any]]:
+    """What stands behind the commands of an application and of those in it."""
+    for registered in (app.registered_callback, *app.registered_commands):
+        if registered is not None and registered.callback is not None:
+            yield registered.callback
+    for group in app.registered_groups:
+        yield from functions(group.typer_instance)
+
+
+def named_by_metavar(app: typer.Typer) -> list[str]:
+    """Options without a name of their own whose metavar is their parameter's name in other letters.
+
+    typer 0.27 takes the metavar for their name: ``--FOLDER`` for a parameter ``folder``.
+    """
+    found = []
+    for function in functions(app):
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            for option in get_args(parameter.annotation)[1:]:
+                if not isinstance(option, OptionInfo) or option.metavar is None:
+                    continue
+                # inside Annotated there is no default: what stands first is a name
+                names = [name for name in (option.default, *(option.param_decls or ())) if isinstance(name, str)]
+                if not names and option.metavar.replace("-", "_").lower() == parameter.name.lower():
+                    found.append(f"{function.__name__}: {parameter.name}")
+    return found
+
+
+def test_no_option_is_named_by_its_metavar() -> None:
+    assert named_by_metavar(command_line) == []
+
+
+def test_an_option_that_is_named_by_its_metavar_is_found() -> None:
+    app, group = typer.Typer(), typer.Typer()
+
+    @app.callback()
+    def root(at_most: Annotated[str, typer.Option(metavar="AT-MOST")] = "") -> None: ...
+
+    @app.command()
+    @grouped
+    def first(size: Size, folder: Annotated[str, typer.Option("--folder", metavar="FOLDER")] = "") -> None: ...
+
+    @group.command()
+    def second(
+        word: Annotated[str, typer.Argument(metavar="WORD")], out: Annotated[str, typer.Option()] = ""
+    ) -> None: ...
+
+    @group.command()
+    def third(folder: Annotated[str | None, typer.Option(metavar="FOLDER")] = None) -> None: ...
+
+    app.add_typer(group, name="more")
+    assert named_by_metavar(app) == ["root: at_most", "third: folder"]

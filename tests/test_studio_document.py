@@ -329,22 +329,25 @@ def test_a_clip_is_recalled_by_a_later_run_of_the_same_model(tmp_path: Path) -> 
     sampler = Sampler(tiny.load_pipeline(), call)
     with LatentCache(tmp_path / "cache") as cache:
         model = Model(sampler, cache=cache)
-        assert model.recall(shot) is None
+        key = model.key(shot)
+        assert model.recall(key) is None
         clip = model.make(shot, outdated=lambda: False, on_step=lambda step: None)
-        model.remember(shot, clip)
-        found = model.recall(shot)
+        model.remember(key, clip)
+        found = model.recall(key)
         assert found is not None and found.frames is None
         clip.frames = model.decode(clip.latents, lambda: False)[0]
-        model.remember(shot, clip)
+        model.remember(key, clip)
     with LatentCache(tmp_path / "cache") as cache:
         model = Model(Sampler(tiny.load_pipeline(), call), cache=cache)
-        found = model.recall(shot)
+        found = model.recall(model.key(shot))
         assert found is not None and found.words == clip.words and found.note == clip.note
         for name in ("latents", "heat", "frames"):
             assert torch.equal(getattr(found, name), getattr(clip, name)), name
         for other in (replace(shot, seed=4), replace(shot, steps=3), replace(shot, prompt="a red star")):
-            assert model.recall(other) is None
+            assert model.recall(model.key(other)) is None
         with torch.no_grad():
             sampler.pipeline.transformer.proj_out.bias.add_(1)
-        assert Model(sampler, cache=cache).recall(shot) is None
-    assert Model(sampler).recall(shot) is None
+        changed = Model(sampler, cache=cache)
+        assert changed.recall(changed.key(shot)) is None
+    assert Model(sampler).key(shot) is None
+    assert Model(sampler).recall(None) is None

@@ -2,24 +2,19 @@
 
 import asyncio
 import io
-import json
 import random
-import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import av
 import httpx
 import pytest
 import torch
-from studio_fakes import PATIENCE, SHOT, FakeModel, Served, served
+from studio_fakes import PATIENCE, SHOT, FakeModel, Served, Tab, served
 from test_studio_document import malformed
-from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
 
 from latentfast.studio import Access, Document
 from latentfast.studio.client import Client
@@ -28,72 +23,6 @@ from latentfast.studio.protocol import LARGEST, run_data
 from latentfast.studio.server import FORBIDDEN, FULL, NONSENSE
 
 WITHOUT_A_MODEL = Document()
-
-
-class Tab:
-    """A page that is open, as far as the studio sees it."""
-
-    def __init__(self, studio: Served, **options: Any) -> None:
-        self._stack = ExitStack()
-        self.socket: ClientConnection = self._stack.enter_context(
-            connect(studio.url("/ws", "ws"), max_size=None, compression=None, open_timeout=PATIENCE, **options)
-        )
-        self.state: dict[str, Any] = {}
-        self.hello: dict[str, Any] = {}
-        self.problems: list[str] = []
-        self.clips: dict[str, tuple[dict[str, Any], bytes]] = {}
-
-    def __enter__(self) -> "Tab":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def send(self, type: str, **fields: Any) -> None:
-        self.socket.send(json.dumps({"type": type, **fields}))
-
-    def until(self, right: Callable[[], Any]) -> Any:
-        """Takes what comes until something is right."""
-        deadline = time.monotonic() + PATIENCE
-        while not (found := right()):
-            self.take(self.socket.recv(timeout=max(0.001, deadline - time.monotonic())))
-        return found
-
-    def take(self, message: str | bytes) -> None:
-        if isinstance(message, str):
-            data = json.loads(message)
-            if data["type"] == "problem":
-                self.problems.append(data["text"])
-            elif data["type"] in ("state", "hello"):
-                setattr(self, data["type"], data)
-            return
-        (length,) = struct.unpack_from("<I", message)
-        header = json.loads(message[4 : 4 + length])
-        self.clips[header["clip"]] = header, message[4 + length :]
-        if header["clip"] == "edited":
-            self.send("shown", number=header["number"])
-
-    def ready(self) -> "Tab":
-        self.until(lambda: self.state.get("ready") and self.state["job"] is None and "source exact" in self.clips)
-        return self
-
-    def layer(self, index: int = -1) -> dict[str, Any]:
-        return self.state["layers"][index]
-
-    def pixels(self, name: str = "edited") -> Tensor:
-        header, payload = self.clips[name]
-        colours = 1 if header["codec"] == "gray" else 3
-        shape = (len(header["places"]), header["height"], header["width"], colours)
-        return torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(shape)
-
-    def edited(self, **wanted: Any) -> dict[str, Any]:
-        """The header of a picture like this."""
-
-        def right() -> Any:
-            header = self.clips.get("edited", ({}, b""))[0]
-            return header if header and all(header[name] == value for name, value in wanted.items()) else None
-
-        return self.until(right)
 
 
 @pytest.fixture
@@ -297,6 +226,11 @@ def test_sampling_is_shown_on_the_way(studio: Served, tab: Tab) -> None:
     tab.until(sampling)
     tab.ready()
     tab.edited(sampling="", exact=True)
+
+
+def test_a_clip_is_put_into_the_cache_made_and_decoded_under_one_key(studio: Served, tab: Tab) -> None:
+    assert studio.model.keys == [SHOT]
+    assert studio.model.remembered == [(SHOT, False), (SHOT, True)]
 
 
 def test_a_clip_that_cannot_be_made_is_told(tab: Tab) -> None:

@@ -76,6 +76,14 @@ def memory(pid: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+async def first_clip(address: str) -> None:
+    """Waits until what the studio begins with is made, so that the seconds of a soak are those of users."""
+    async with websockets.connect(address, max_size=None, compression=None, open_timeout=STUCK) as socket:
+        async for message in socket:
+            if isinstance(message, str) and json.loads(message).get("ready"):
+                return
+
+
 async def client(address: str, end: float, rng: random.Random, tally: Tally) -> None:
     """One user after another: comes, edits, and goes with or without a word."""
     while time.monotonic() < end:
@@ -197,6 +205,8 @@ async def soak(seconds: float, clients: int, fuzzed: int, seed: int, log: Path) 
     """Runs all of it; the tally, and what is wrong."""
     tally, wrong = Tally(), []
     with server(log) as (address, process):
+        if seconds:
+            await asyncio.wait_for(first_clip(address), 10 * STUCK)
         start = time.monotonic()
         end = start + seconds
         users = [client(address, end, random.Random(seed + i), tally) for i in range(clients)]

@@ -143,6 +143,7 @@ def edit(
     words: Annotated[
         list[str] | None,
         typer.Option(
+            "--words",
             metavar="WORDS",
             help="With --mask auto: words of PROMPT for what is edited (repeatable); default: those that EDIT_PROMPT "
             "has not.",

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from latentfast.cache import LatentCache
 from latentfast.cli.errors import UserError
+from latentfast.cli.latents import difference, latent_path, mix_prompts, outside_keeps_bits
 from latentfast.cli.output import atomic_outputs, check_file_target
 from latentfast.cli.progress import Bar
-from latentfast.cli.recipes import difference, latent_path, mix_prompts, outside_keeps_bits
 from latentfast.cli.request import Mask, Request, check_prompt
 from latentfast.cli.sampler import Sampler
 from latentfast.cli.video import encode_mp4, tile

@@ -16,9 +16,9 @@ from torch import Tensor
 import latentfast
 from latentfast.cli import report
 from latentfast.cli.errors import UserError
+from latentfast.cli.latents import disturb, latent_path, mend, outside_keeps_bits
 from latentfast.cli.output import atomic_outputs
 from latentfast.cli.progress import Bar, Stopwatch
-from latentfast.cli.recipes import disturb, latent_path, mend, outside_keeps_bits
 from latentfast.cli.request import Request
 from latentfast.cli.sampler import Sampler
 from latentfast.cli.timing import WAN_480P, Timing, time_operations

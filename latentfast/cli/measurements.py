@@ -70,7 +70,9 @@ def cache_io(
     quick: Quick = False,
     folder: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", exists=True, file_okay=False, help="On the disk that is to be measured."),
+        typer.Option(
+            "--folder", metavar="FOLDER", exists=True, file_okay=False, help="On the disk that is to be measured."
+        ),
     ] = None,
     out: Out = None,
 ) -> None:

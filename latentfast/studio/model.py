@@ -172,9 +172,19 @@ class Model:
             found = latentfast.fit_rgb(clip.latents.float(), clip.frames[None].to(clip.latents.device))
             self.factors = found.weight, found.bias
 
-    def recall(self, shot: Shot) -> Clip | None:
-        """The clip of a shot as an earlier run made it with the same pipeline; None if the cache has none."""
-        key = self._key(shot)
+    def key(self, shot: Shot) -> Key | None:
+        """A clip's name in the cache; None if there is no cache, or the model's weights can't be told from others."""
+        if self._cache is None:
+            return None
+        pipe, call = self._sampler.pipeline, self._with(shot).call
+        try:
+            made = {"pipeline": describe_pipeline(pipe, self.device), "call": to_data(call, {}, "call")}
+        except UnwritableError:
+            return None
+        return Key.of({"kind": "clip of the studio", **made, "prompt": shot.prompt, "seed": shot.seed})
+
+    def recall(self, key: Key | None) -> Clip | None:
+        """A clip as an earlier run made it with the same pipeline; None if the cache has none."""
         found = None if self._cache is None or key is None else self._cache.get(key, device=self.device)
         if found is None:
             return None
@@ -183,24 +193,13 @@ class Model:
         words = tuple((str(word), int(number)) for word, number in layout["words"])
         return Clip(latents, heat, words, layout["note"], None if frames is None else frames.cpu())
 
-    def remember(self, shot: Shot, clip: Clip) -> None:
+    def remember(self, key: Key | None, clip: Clip) -> None:
         """Put a clip into the cache, with its frames if it was decoded."""
-        key = self._key(shot)
         if self._cache is None or key is None:
             return
         pool = Pool(self.device)
         tensors = pool.write([clip.latents, clip.heat, clip.frames])
         self._cache.put(key, pool.with_layout({"tensors": tensors, "words": clip.words, "note": clip.note}))
-
-    def _key(self, shot: Shot) -> Key | None:
-        if self._cache is None:
-            return None
-        pipe, call = self._sampler.pipeline, self._with(shot).call
-        try:
-            made = {"pipeline": describe_pipeline(pipe, self.device), "call": to_data(call, {}, "call")}
-        except UnwritableError:  # its weights can't be told apart from others
-            return None
-        return Key.of({"kind": "clip of the studio", **made, "prompt": shot.prompt, "seed": shot.seed})
 
     def _with(self, shot: Shot) -> Any:
         call = {**self._sampler.call, "num_inference_steps": shot.steps}

@@ -120,20 +120,20 @@ class Workshop:
             self._show(make, shot, 1 + (0 if self.job is None else self.job.done))
 
         try:
-            clip = self._library.clip(shot)
+            clip, key = self._library.clip(shot), model.key(shot)
             if clip is None:
-                clip = model.recall(shot)
+                clip = model.recall(key)
                 if clip is None:
                     on_step(0)
                     clip = model.make(shot, outdated=outdated, on_step=on_step, show=show if first else None)
-                    model.remember(shot, clip)
+                    model.remember(key, clip)
                 self._library.keep(shot, clip)
                 self._tell()
             if first:
                 if clip.frames is None:
                     self._say(Job("Decoding the clip …"))
                     clip.frames = model.decode(clip.latents, outdated)[0]
-                    model.remember(shot, clip)
+                    model.remember(key, clip)
                 model.fit(clip)
                 self._library.factors = model.factors
         except OutdatedError:
