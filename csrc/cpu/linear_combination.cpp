@@ -7,7 +7,7 @@
 namespace latentfast {
 namespace {
 
-static_assert(kMostCombined == kTerms, "the loops have a form for each count");
+static_assert(kMostCombined == kTerms && kMostCombinations == kSums, "the loops have a form for each count");
 
 // n elements of a tensor of any floating dtype in the working precision C.
 template <typename C>
@@ -73,13 +73,36 @@ void run(const Combination& p) {
   });
 }
 
+// Sums in float64 of what is not: the rows stay in float32, and all outputs are made of them at once, in
+// pieces so short that a core's first cache has room for all of them.
+void run_in_double(const Combination& p) {
+  constexpr int kPiece = kTile / 4;
+  const int count = static_cast<int>(p.tensors.size());
+  const int64_t numel = p.outs[0].numel();
+  const auto& loop = loops().combine_in_double[p.outs.size() - 1];
+  parallel(ceil_div(numel, int64_t{kPiece}), kPiece, [&](int64_t begin, int64_t end) {
+    Row<float> wide[kMostCombined], made[kMostCombinations];
+    const float* x[kMostCombined];
+    float* out[kMostCombinations];
+    for (size_t k = 0; k < p.outs.size(); ++k) out[k] = made[k].values;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i * kPiece;
+      const int n = static_cast<int>(std::min<int64_t>(kPiece, numel - at));
+      for (int t = 0; t < count; ++t) x[t] = read_row<float>(p.tensors[t], at, n, wide[t]);
+      loop(x, count, p.row(0), n, out);
+      for (size_t k = 0; k < p.outs.size(); ++k) write_row(out[k], n, p.outs[k], at);
+    }
+  });
+}
+
 }  // namespace
 
 void combine(std::span<const View> tensors, std::span<const double> coefficients, int64_t precise,
              const View& out, const OptionalView& out1, const OptionalView& out2, const OptionalView& out3) {
   const Combination p(tensors, coefficients, out, out1, out2, out3);
   if (out.numel() == 0) return;
-  precise != 0 || p.has(ScalarType::Double) ? run<double>(p) : run<float>(p);
+  if (p.has(ScalarType::Double)) return run<double>(p);
+  precise != 0 ? run_in_double(p) : run<float>(p);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latentfast, CPU, m) { m.impl("combine", LATENTFAST_BOX(combine)); }

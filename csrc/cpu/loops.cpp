@@ -402,6 +402,7 @@ const Loops LATENTFAST_JOIN(kLoops_, LATENTFAST_ISA) = {
     round_bfloat16,
     to_double,
     to_single,
+    {combine_in_double<1>, combine_in_double<2>, combine_in_double<3>, combine_in_double<4>},
     select,
     stream,
     angles,

@@ -23,8 +23,8 @@ enum class Norm : int { l2 = 0, l1 = 1, charbonnier = 2 };
 
 // Directions that one loop adds: enough to keep the memory busy, few enough for its registers.
 constexpr int kSteps = 4;
-// Tensors that `combine` takes.
-constexpr int kTerms = 8;
+// Tensors that `combine` takes, and those that it makes at once.
+constexpr int kTerms = 8, kSums = 4;
 
 template <typename C>
 struct Step {
@@ -148,6 +148,9 @@ struct Loops {
   void (*round_bfloat16)(const float* x, int n, uint16_t* out);
   void (*to_double)(const float* x, int n, double* out);
   void (*to_single)(const double* x, int n, float* out);
+  // out[k] = Σ w[k·count + t]·x[t], in order and in float64, rounded once. [number of outputs − 1]
+  void (*combine_in_double[kSums])(const float* const* x, int count, const double* w, int n,
+                                   float* const* out);
   // Where mask is 0 the bits of base, where it is 1 those of edited: a half that was widened and rounded
   // again may have lost those of a NaN. `out` holds the blend elsewhere.
   void (*select)(const uint16_t* base, const uint16_t* edited, const float* mask, int n, uint16_t* out);

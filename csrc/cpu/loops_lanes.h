@@ -33,6 +33,46 @@ inline Doubles load_doubles(const float* x) {
 #endif
 }
 
+inline void store_floats(float* to, Doubles x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_ps(to, _mm512_cvtpd_ps(x));
+#elif defined(__AVX__)
+  _mm_storeu_ps(to, _mm256_cvtpd_ps(x));
+#else
+  const Floats narrow = __builtin_convertvector(x, Floats);
+  std::memcpy(to, &narrow, sizeof narrow);
+#endif
+}
+
+// out[k] = Σ w[k·count + t]·x[t] for all k at once, so that what is read is converted once.
+template <int kOutputs>
+void combine_in_double(const float* const* x, int count, const double* w, int n, float* const* out) {
+  int i = 0;
+  for (; i + kRun * kWidth <= n; i += kRun * kWidth) {
+    Doubles sum[kOutputs][kRun];
+    for (int t = 0; t < count; ++t) {
+      fetch_run(x[t] + i);
+      for (int j = 0; j < kRun; ++j) {
+        const Doubles value = load_doubles(x[t] + i + j * kWidth);
+        for (int k = 0; k < kOutputs; ++k) {
+          const Doubles term = w[k * count + t] * value;
+          sum[k][j] = t == 0 ? term : sum[k][j] + term;
+        }
+      }
+    }
+    for (int k = 0; k < kOutputs; ++k) {
+      for (int j = 0; j < kRun; ++j) store_floats(out[k] + i + j * kWidth, sum[k][j]);
+    }
+  }
+  for (; i < n; ++i) {
+    for (int k = 0; k < kOutputs; ++k) {
+      double sum = w[k * count] * x[0][i];
+      for (int t = 1; t < count; ++t) sum += w[k * count + t] * x[t][i];
+      out[k][i] = static_cast<float>(sum);
+    }
+  }
+}
+
 struct Lanes {
   Doubles part[kRegisters];
 
