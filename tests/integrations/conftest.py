@@ -1,4 +1,4 @@
-"""For every integration: float32 is float32."""
+"""For every integration: float32 is float32, and guidance waits for small clips too."""
 
 from collections.abc import Iterator
 
@@ -15,3 +15,9 @@ def _no_tf32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def _small_clips_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they don't, as it does not pay; the tests' clips are small, and they are to see what a GPU's see."""
+    monkeypatch.setattr("latentfast.integrations.diffusers.guidance.LEAST_ON_CPU", 0)

@@ -14,6 +14,7 @@ pytest.importorskip("diffusers")
 
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from latentfast.integrations.diffusers import guidance
 from latentfast.integrations.diffusers.guidance import Combination, Prediction, defer
 from tests.helpers import Draw, same_bits
 
@@ -53,6 +54,21 @@ def _cfg(cond: Tensor, uncond: Tensor) -> Tensor:
 
 
 # --- What waits -------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_on_a_cpu_only_large_samples_wait(batch: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch must not decide it: a sample's bits would depend on who is with it."""
+    monkeypatch.setattr(guidance, "LEAST_ON_CPU", 420)
+    for shape, large in (((batch, 4, 3, 5, 7), True), ((batch, 4, 3, 5, 6), False)):
+        cond, uncond = _pair(device=device, shape=shape)
+        predictions = _predicted(cond, uncond)
+        waits = large or device != "cpu"
+        assert all(type(x) is (Prediction if waits else Tensor) for x in predictions)
+        guided = _cfg(*predictions)
+        assert type(guided) is (Combination if waits else Tensor)
+        assert same_bits(guided.clone(), _cfg(cond, uncond))
 
 
 @every_dtype

@@ -191,7 +191,8 @@ class Handle:
             if _waiting.get(model) is mark:
                 del _waiting[model]
 
-        row = Row(part, type(model).__name__, True, "classifier-free guidance is part of the scheduler's launch")
+        what = "classifier-free guidance is part of the scheduler's launch (on a CPU, of large clips)"
+        row = Row(part, type(model).__name__, True, what)
         self._changes.append(_Change(row, lambda: getattr(pipe, name) is model and model in _waiting, undo))
 
     def _functions(self) -> None:
