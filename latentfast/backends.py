@@ -41,7 +41,7 @@ def _load_native(name: str) -> str:
     """Load a native library beside this file; the reason why that was not possible, or ''."""
     found = sorted(Path(__file__).parent.glob(f"{_NATIVE_LIBRARIES[name]}*.so"))
     if not found:
-        return "its library was not built (see `python -m latentfast.doctor`)"
+        return "its library was not built (see `build` in `python -m latentfast.doctor`)"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:

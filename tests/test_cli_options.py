@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -102,3 +104,13 @@ def test_an_option_that_is_named_by_its_metavar_is_found() -> None:
 
     app.add_typer(group, name="more")
     assert named_by_metavar(app) == ["root: at_most", "third: folder"]
+
+
+@pytest.mark.parametrize("arguments", [("recipe", "schema"), ("doctor",)])
+def test_a_reader_that_has_gone_ends_it_quietly(arguments: tuple[str, ...]) -> None:
+    """As `latentfast recipe schema | head -1` does."""
+    command = [sys.executable, "-m", "latentfast", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, b"")

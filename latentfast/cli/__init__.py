@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-from latentfast.cli.errors import INTERRUPTED, TERMINATED, explain
+from latentfast.cli.errors import FAILED, INTERRUPTED, TERMINATED, explain
 
 __all__ = ["main"]
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 2 for a mistake of the caller (bad option, no such folder, an output that can't be written),
         1 for a failure of the surroundings (missing extra, out of memory), 130 after Ctrl-C, 143 after SIGTERM.
-        In every case but 0 one line on stderr says why and no half-written file stays behind.
+        In every case but 0 one line on stderr says why, but for a reader of standard output that has gone (1), and no
+        half-written file stays behind.
         A programming error of latentfast's own is not dressed up: it keeps its traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -46,10 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminate_as_exit():
             from latentfast.cli.app import run
 
-            return run(arguments)
+            status = run(arguments)
+            sys.stdout.flush()  # a reader that has gone is met here, and not when the interpreter ends
+            return status
     except KeyboardInterrupt:
         print("latentfast: interrupted; nothing was left behind", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads standard output has enough, as `| head` has
+        with suppress(OSError, ValueError):  # what is still to be flushed has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED  # as rich has it where it prints
     except Exception as error:
         explained = explain(error)
         if explained is None or debug:
