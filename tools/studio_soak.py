@@ -76,9 +76,14 @@ def memory(pid: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+def connected(address: str) -> websockets.connect:
+    """A page's connection: its pictures are large, and compressed already."""
+    return websockets.connect(address, max_size=None, compression=None, open_timeout=STUCK)
+
+
 async def first_clip(address: str) -> None:
     """Waits until what the studio begins with is made, so that the seconds of a soak are those of users."""
-    async with websockets.connect(address, max_size=None, compression=None, open_timeout=STUCK) as socket:
+    async with connected(address) as socket:
         async for message in socket:
             if isinstance(message, str) and json.loads(message).get("ready"):
                 return
@@ -88,7 +93,7 @@ async def client(address: str, end: float, rng: random.Random, tally: Tally) -> 
     """One user after another: comes, edits, and goes with or without a word."""
     while time.monotonic() < end:
         try:
-            async with websockets.connect(address, max_size=None, compression=None, open_timeout=STUCK) as socket:
+            async with connected(address) as socket:
                 tally.connections += 1
                 await visit(socket, min(end, time.monotonic() + rng.uniform(0.5, 8)), rng, tally)
                 if rng.random() < 0.5:
