@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from latentfast import tiny
 from latentfast.integrations.diffusers import accelerate
+from latentfast.integrations.diffusers.behind import Behind
 from latentfast.integrations.diffusers.steps import State, run_steps
 from tests.integrations.pipelines import BY_NAME, CASES, Case
 
@@ -107,6 +109,58 @@ def check_every_step(pipe: Any, call: Callable[[], dict[str, Any]], model: str =
             assert_same(x, states[x.step])
     hook.remove()
     return states
+
+
+class Late(Behind):
+    """Hands states on as late as on a GPU, in the one stream that a CPU has."""
+
+    def take(self, value: State, device: torch.device) -> None:
+        self.hand_on()
+        self.waiting = value
+
+    def hand_on(self) -> None:
+        if (value := vars(self).pop("waiting", None)) is not None:
+            self._receive(value)
+
+
+@accelerated
+@pytest.mark.parametrize(("name", "solver"), SOLVERS)
+def test_states_are_the_same_when_they_are_handed_on_late(
+    name: str, solver: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are on a GPU: nothing of a state is written into by the forward that follows."""
+    case = BY_NAME[name]
+    order: list[tuple[str, int]] = []
+    found: dict[str, list[State]] = {}
+    for when in ("at once", "late"):
+        if when == "late":
+            monkeypatch.setattr("latentfast.integrations.diffusers.steps.Behind", Late)
+        pipe = case.pipe()
+        pipe.scheduler = SCHEDULERS[name][solver]()
+        if fast:
+            accelerate(pipe, vae=False)
+        forwards: list[None] = []
+        pipe.transformer.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(None))
+        states = found[when] = []
+
+        def keep(state: State, when: str = when, forwards: list[None] = forwards, states: list[State] = states) -> None:
+            order.append((when, len(forwards)))
+            states.append(copy.deepcopy(state))
+
+        torch.manual_seed(7)
+        run_steps(pipe, case.inputs(num_inference_steps=STEPS), on_state=keep)
+    assert_same(found["late"], found["at once"])
+    at_once, late = ([number for when, number in order if when == which] for which in ("at once", "late"))
+    assert late == [*at_once[1:], at_once[-1]], "each state comes behind the next step's forward, the last at the end"
+
+
+def test_an_interruption_hands_on_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentfast.integrations.diffusers.steps.Behind", Late)
+    states: list[State] = []
+    case = BY_NAME["wan"]
+    with pytest.raises(ZeroDivisionError):
+        run_steps(case.pipe(), case.inputs(), on_state=states.append, on_step=lambda step, steps: 1 // (step - 2))
+    assert [state.step for state in states] == [0, 1, 2]
 
 
 @accelerated

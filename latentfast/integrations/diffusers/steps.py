@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentfast.integrations.diffusers.behind import Behind
 from latentfast.integrations.diffusers.schedulers import ACCELERATED
 
 __all__ = ["State", "default_generators", "generators_of", "run_steps"]
@@ -130,7 +131,8 @@ def run_steps(
         start: The state to go on from; None begins.
         end: The number of steps after which to stop; None makes them all.
         wants: Whether the state after `step` of `steps` is wanted; 0 is the state before the first.
-        on_state: Gets those states, in order.
+        on_state: Gets those states, in order, and does not write into their tensors. On a GPU each comes when the next
+            step's forward is queued, at the latest before this returns or raises, and in a stream of its own.
         on_step: Is told after each step that is made how many were, of how many.
 
     Torch's own generators are left in the state that the last step left them in.
@@ -191,7 +193,8 @@ class _Sampling:
                 f"pipe must have a scheduler and take callback_on_step_end, {type(pipe).__name__} does not"
             )
         self.pipe, self.scheduler, self.call = pipe, scheduler, dict(call)
-        self.start, self.end, self.wants, self.on_state, self.on_step = start, end, wants, on_state, on_step
+        self.start, self.end, self.wants, self.on_step = start, end, wants, on_step
+        self.states = Behind(on_state)
         self.first = 0 if start is None else start.step
         self.codes = [inspect.unwrap(c.__call__).__code__ for c in type(pipe).__mro__ if "__call__" in vars(c)]
         #: The loop can skip steps; where it can't, those before the first are not in it, and its numbers begin at 0.
@@ -224,6 +227,7 @@ class _Sampling:
             del scheduler._sampling
             if self.first:
                 self.pipe.set_progress_bar_config(**(bar or {}))
+            self.states.finish()
         if self.steps is None:
             raise ValueError(f"pipe: {type(self.pipe).__name__} has no loop over its scheduler's timesteps in its call")
         return made, self.steps
@@ -266,7 +270,7 @@ class _Sampling:
         self.generators = (*self.generators, *default_generators(latents.device))
         self.before = {name: list(x) if isinstance(x, list) else x for name, x in vars(self.scheduler).items()}
         if self.start is None and self.wants(0, steps):
-            self.on_state(self._state(latents))
+            self.states.take(self._state(latents), latents.device)
         for i, t in enumerate(timesteps.unbind(0)):
             if i == first:
                 self.restore(latents)
@@ -302,7 +306,8 @@ class _Sampling:
         replaced = dict(user(pipe, number, t, tensors)) if user is not None else {}
         self.step = number + 1
         if self.wants(self.step, steps):
-            self.on_state(self._state(replaced.get("latents", tensors["latents"])))
+            latents = replaced.get("latents", tensors["latents"])
+            self.states.take(self._state(latents), latents.device)
         self.on_step(self.step, steps)
         return replaced
 
@@ -336,6 +341,7 @@ class _Sampling:
 
     def stepped(self, parents: Callable, scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A step of the scheduler."""
+        self.states.hand_on()  # the forward is queued, and the first thing that a step does may be to wait for it
         given = self.signature.bind(*args, **kwargs).arguments
         if self.carries and self.step == self.first and self.extras:
             # CogVideoX's loop has the last step's second result in a variable, which begins with None.
