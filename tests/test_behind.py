@@ -127,3 +127,34 @@ def test_what_a_receiver_raises_comes_out_once(device: Device) -> None:
     with pytest.raises(OSError, match="no room"):
         states.hand_on()
     states.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_gpu_keeps_a_state_while_it_computes_the_next() -> None:
+    x = torch.full((1 << 20,), 3.0, device="cuda")
+    hosts = torch.zeros(2, 1 << 20).pin_memory()
+    there = torch.cuda.Event()
+
+    def receive(state: torch.Tensor) -> None:
+        hosts[0].copy_(state, non_blocking=True)
+        hosts[1].copy_(state.clone(), non_blocking=True)
+        there.record()
+
+    states = Behind[torch.Tensor](receive)
+    receive(x)  # streams and kernels are made at their first use
+    torch.cuda.synchronize()
+    hosts.zero_()
+    states.take(x, x.device)
+    device = x.device
+    torch.cuda._sleep(1_000_000_000)  # half a second: the forward
+    working = torch.cuda.Event()
+    working.record()
+    states.hand_on()
+    there.synchronize()
+    assert not working.query(), "the copies have waited for what came after the state"
+    del x
+    states.finish()
+    torch.full((1 << 20,), -1.0, device=device)
+    torch.cuda.synchronize()
+    assert (hosts == 3).all()
