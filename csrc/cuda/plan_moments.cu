@@ -9,7 +9,7 @@
 // outlive a copy.
 #include <algorithm>
 
-#include "plan.cuh"
+#include "plan_lanes.cuh"
 
 namespace latentfast::cuda {
 namespace {
@@ -66,11 +66,11 @@ struct MomentLanes {
     walk_plan<T>(p, at, x);
     take(x, out);
   }
-  __device__ void tensor(const PlanTensor& from, C (&out)[V]) const {
+  __device__ void tensor(const PlanParams<T>& p, int i, C (&out)[V]) const {
     typename Lanes::Operand held;
     C x[Lanes::kCount];
-    at.load(from, held);
-    at.widened(from, held, x);
+    at.load(p, i, held);
+    at.widened(p, i, held, x);
     take(x, out);
   }
 };
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t b = channel / plan.channels, c = channel - b * plan.channels;
   const int i = blockIdx.y, m = p.values.count;
   const auto value = [&](const Lanes& lanes, C(&x)[V]) {
-    i == 0 ? lanes.value(plan, x) : lanes.tensor(plan.tensor[p.values.at[i]], x);
+    i == 0 ? lanes.value(plan, x) : lanes.tensor(plan, p.values.at[i], x);
   };
 
   double first[kMostPlanValues];  // of value i + d
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (i + d < m) {
       C x[V];
       const Lanes lanes = Lanes::of(plan, b, c, 0);
-      lanes.tensor(plan.tensor[p.values.at[i + d]], x);
+      lanes.tensor(plan, p.values.at[i + d], x);
       first[d] = x[0];
     }
   }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int d = 1; d < kMostPlanValues; ++d) {
       if (i + d >= m) break;
-      lanes.tensor(plan.tensor[p.values.at[i + d]], y);
+      lanes.tensor(plan, p.values.at[i + d], y);
 #pragma unroll
       for (int v = 0; v < V; ++v) products[d] = fma(x[v] - first[0], y[v] - first[d], products[d]);
     }
@@ -192,6 +192,7 @@ void plan_moments(std::span<const View> inputs, std::span<const int64_t> code, i
 // --- coefficients ---
 
 constexpr int kChannelThreads = 128;
+constexpr int64_t kMostChannelBytes = 40 << 10;
 
 struct CoefficientsParams {
   PlanProgram program;
@@ -209,9 +210,10 @@ __global__ void __launch_bounds__(kChannelThreads)
     plan_coefficients_kernel(const __grid_constant__ CoefficientsParams p, PlanChannel* channel_of) {
   __shared__ double room[kChannelThreads / 32];
   __shared__ PlanWeights weights;
+  extern __shared__ PlanChannel held[];
   const int64_t b = blockIdx.x;
   const bool follows = p.values.count > 0;
-  channel_of += b * p.channels;
+  channel_of = channel_of == nullptr ? held : channel_of + b * p.channels;
   if (b == 0 && static_cast<int>(threadIdx.x) < p.given) p.sliders[threadIdx.x] = p.number[threadIdx.x];
   const auto for_channels = [&](auto&& f) {
     for (int64_t c = threadIdx.x; c < p.channels; c += kChannelThreads) f(c);
@@ -287,11 +289,14 @@ void plan_coefficients(std::span<const int64_t> code, int64_t start, int64_t sto
   if (coefficients.numel() == 0 || elements == 0) return;
   std::copy(given.begin(), given.end(), p.number);
   const Target target(coefficients);
-  const Workspace scratch(
-      target, values.empty() ? 0 : p.batch * p.channels * static_cast<int64_t>(sizeof(PlanChannel)));
-  auto* const channels = static_cast<PlanChannel*>(scratch.data());
+  // a sample's linear combinations: in shared memory, if there is room
+  const int64_t bytes = values.empty() ? 0 : p.channels * static_cast<int64_t>(sizeof(PlanChannel));
+  const bool shared = bytes <= kMostChannelBytes;
+  const Workspace scratch(target, shared ? 0 : p.batch * bytes);
+  auto* const channels = shared ? nullptr : static_cast<PlanChannel*>(scratch.data());
   dispatch_wide(coefficients.scalar_type(), "plan_coefficients", [&]<typename C>() {
-    plan_coefficients_kernel<C><<<plan_blocks(p.batch), kChannelThreads, 0, target.stream>>>(p, channels);
+    plan_coefficients_kernel<C><<<plan_blocks(p.batch), kChannelThreads,
+                                  shared ? static_cast<size_t>(bytes) : 0, target.stream>>>(p, channels);
     check_launch("plan_coefficients");
   });
 }

@@ -22,15 +22,16 @@ struct Source {
 
   // A source of the kernel for factors, see enlarge.cuh.
   static constexpr bool kFoursOnly = false;
+  static constexpr int kParts = 1, kBlocks = 3;
   bool fours() const {
     return width % 4 == 0 && plane % 4 == 0 && reinterpret_cast<uintptr_t>(z) % (4 * sizeof(T)) == 0;
   }
   __device__ const T* rows(uint32_t index, int low) const {
     return frame(index) + static_cast<int64_t>(low) * width;
   }
-  __device__ void fetch(const T*, int) const {}  // a thread has eight channels under way
+  int room() const { return 0; }
   template <int V>
-  __device__ __forceinline__ void map(const T* from, int at, Wide<T> (&rgb)[3][V]) const;
+  __device__ __forceinline__ void map(const uint4*, const T* from, int at, int, Wide<T> (&rgb)[3][V]) const;
 };
 
 // x = bias + Σ_c weight[c]·z[c] at V neighbouring positions.
@@ -61,7 +62,8 @@ __device__ __forceinline__ void map_to_rgb(const Source<T>& s, const T* z, Wide<
 
 template <typename T>
 template <int V>
-__device__ __forceinline__ void Source<T>::map(const T* from, int at, Wide<T> (&rgb)[3][V]) const {
+__device__ __forceinline__ void Source<T>::map(const uint4*, const T* from, int at, int,
+                                               Wide<T> (&rgb)[3][V]) const {
   map_to_rgb<T, V>(*this, from + at, rgb);
 }
 
