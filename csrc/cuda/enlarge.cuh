@@ -1,17 +1,11 @@
-// The kernel that maps latents to RGB bytes and enlarges them by a factor of 2, 4, 8 or 16: for latents in
-// memory (preview.cu says why it is made so), and for those that a plan makes (plan.cu).
+// The kernel that maps latents to RGB bytes and enlarges them by a factor of 2, 4, 8 or 16; preview.cu says
+// why it is made so.
 //
 // A Source S of latents:
 //   int height, width                                   of a frame
 //   rows(frame, low)                                    where row `low` of a frame begins
-//   static constexpr int kParts                         threads, neighbours, that map a position together
-//   int room()                                          bytes of shared memory for `stage`; none if kParts is 1
-//   stage(room, rows, count)                            told how many rows the block will map from there on
-//   map<V>(room, rows, at, part, rgb)                   RGB of V neighbouring positions, `at` after that
-//   int work(factor)                                    what a thread has to do for a map, where rows of 16
-//                                                       pixels, `factor` of them, are 1
-//   static constexpr bool kFoursOnly; bool fours()      whether V may be 4; V is 1 otherwise
-//   static constexpr int kBlocks                        at least, of 256 threads on a multiprocessor
+//   map<V>(rows, at, rgb)                               RGB of V neighbouring positions, `at` after that
+//   bool fours()                                        whether V may be 4; V is 1 otherwise
 #pragma once
 
 #include <algorithm>
@@ -34,20 +28,19 @@ struct EnlargeParams {
   uint32_t units;          // threads that a row of pixels takes
   uint32_t units_inverse;  // ⌈2^32 / units⌉: a quotient is one multiplication
   int pitch;               // of a row in shared memory
-  int room;                // of the source in shared memory, in units of 16 bytes
 };
 
 // Interval i lies between the latent rows i and i + 1; the first, −1, and the last one are half a factor wide
 // and beyond the edge, where the row is repeated. kFactor·i + kFactor/2 is its first row of pixels.
 template <typename S, int kFactor, int V>
-__global__ void __launch_bounds__(kThreads, kFactor >= 8 ? S::kBlocks : 1)
+__global__ void __launch_bounds__(kThreads, kFactor >= 8 ? 3 : 1)
     enlarge_kernel(const __grid_constant__ EnlargeParams<S> p) {
   // Latent columns that a thread's pixels lie between, its own and one to each side.
   constexpr int kOwn = kPixels / kFactor, kColumns = kOwn + 2;
   extern __shared__ uint4 shared[];
   uint4* const staged = shared + threadIdx.x / 32 * (kStaged / 16);
-  uint4* const room = shared + blockDim.x / 32 * (kStaged / 16);
-  float* const tile = reinterpret_cast<float*>(room + p.room);  // (row, colour, column + 1)
+  float* const tile =
+      reinterpret_cast<float*>(shared + kWarps * (kStaged / 16));  // (row, colour, column + 1)
   const S& s = p.source;
   const uint32_t frame = blockIdx.x / p.strips, strip = blockIdx.x - frame * p.strips;
   const int first = static_cast<int>(strip) * p.intervals - 1, last = min(first + p.intervals, s.height);
@@ -55,18 +48,9 @@ __global__ void __launch_bounds__(kThreads, kFactor >= 8 ? S::kBlocks : 1)
 
   const int vectors = s.width / V, count = (high - low + 1) * vectors;
   const auto rows = s.rows(frame, low);
-  constexpr int kParts = S::kParts;
-  if constexpr (kParts > 1) {
-    s.stage(room, rows, high - low + 1);
-    __syncthreads();
-  }
-  // parts exchange within their warp: its lanes go on together, and what is too many repeats the last
-  const int lane = threadIdx.x % 32, maps = count * kParts;
-  for (int begin = threadIdx.x - lane; begin < maps; begin += blockDim.x) {
-    const int i = min(begin + lane, maps - 1) / kParts;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
     float rgb[3][V];
-    s.template map<V>(room, rows, i * V, lane % kParts, rgb);
-    if (begin + lane >= maps || lane % kParts != 0) continue;
+    s.template map<V>(rows, i * V, rgb);
     const int row = i / vectors, column = (i - row * vectors) * V;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
@@ -80,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, kFactor >= 8 ? S::kBlocks : 1)
   __syncthreads();
 
   const uint32_t items = static_cast<uint32_t>(last - first) * p.units;
+  const int lane = threadIdx.x % 32;
   const uint32_t width = static_cast<uint32_t>(kFactor * s.width) * 3;  // bytes
   // the block's first row of pixels, half an interval below its first row of latents
   uint8_t* const picture =
@@ -171,8 +156,6 @@ __global__ void __launch_bounds__(kThreads, kFactor >= 8 ? S::kBlocks : 1)
 
 // ---- host ----
 
-constexpr int kSharedBytes = 48 << 10;  // what a block may have without asking
-
 inline bool aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
@@ -189,8 +172,7 @@ int factor_of(const S& s, int64_t rows, int64_t columns, const void* out) {
     if (rows == factor * static_cast<int64_t>(s.height) &&
         columns == factor * static_cast<int64_t>(s.width)) {
       const bool whole = columns % kPixels == 0 && columns > kPixels;
-      const int64_t least =
-          kWarps * kStaged + s.room() + 2 * 3 * (s.width + 2) * static_cast<int64_t>(sizeof(float));
+      const int64_t least = kWarps * kStaged + 2 * 3 * (s.width + 2) * static_cast<int64_t>(sizeof(float));
       return whole && aligned16(out) && least <= kSharedBytes && rows <= INT32_MAX / 2 ? factor : 0;
     }
   }
@@ -206,47 +188,19 @@ void enlarge(const S& s, uint8_t* out, int64_t frames, const Target& target) {
   p.units_inverse = static_cast<uint32_t>(((uint64_t(1) << 32) + p.units - 1) / p.units);
   p.pitch = s.width + 2;
   const int64_t row_bytes = 3 * p.pitch * static_cast<int64_t>(sizeof(float));
-  p.room = s.room() / 16;
-  // a row more than intervals
-  const int64_t rows = (kSharedBytes - kWarps * kStaged - s.room()) / row_bytes - 1;
+  const int64_t room = (kSharedBytes - kWarps * kStaged) / row_bytes - 1;  // a row more than intervals
   // few enough rows of pixels, too, for offsets of 32 bits: units · intervals ≤ kThreads wherever that is
   // more than one
-  const int64_t most = std::clamp<int64_t>(kThreads / p.units, 1, std::min<int64_t>(rows, s.height + 1));
-  static_assert(S::kParts == 1 || S::kFoursOnly);
-  const auto maps = [&](int64_t intervals) { return (intervals + 1) * (s.width / 4) * S::kParts; };
-  const auto threads_of = [&](int64_t intervals) {
-    const int64_t items = intervals * p.units;
-    const int64_t most_items = S::kParts > 1 ? std::max(items, maps(intervals)) : items;
-    return std::min<int64_t>(kThreads, ceil_div<int64_t>(most_items, 32) * 32);
-  };
-  const auto blocks_for = [&](int64_t intervals) {
-    return frames * ceil_div<int64_t>(s.height + 1, intervals);
-  };
-  int64_t intervals = most;
-  if constexpr (S::kParts > 1) {
-    // What the multiprocessor with most to do has to do: mapping, of which the row that two blocks share is
-    // done twice, and pixels, both by whole rounds of the block's threads.
-    const auto cost = [&](int64_t intervals) {
-      const int64_t threads = threads_of(intervals);
-      const int64_t rounds = ceil_div<int64_t>(maps(intervals), threads) * s.work(kFactor) +
-                             ceil_div<int64_t>(intervals * p.units, threads) * kFactor;
-      return ceil_div<int64_t>(blocks_for(intervals), target.device.multiprocessors) * rounds * threads;
-    };
-    for (int64_t i = most - 1; i > 0; --i) {
-      if (cost(i) < cost(intervals)) intervals = i;
-    }
-  } else {
-    // small clips: rather more blocks, so that every multiprocessor has some
-    while (intervals > 1 && blocks_for(intervals) < 2 * target.device.multiprocessors) --intervals;
-  }
+  int64_t intervals = std::clamp<int64_t>(kThreads / p.units, 1, std::min<int64_t>(room, s.height + 1));
+  // small clips: rather more blocks, so that every multiprocessor has some
+  while (intervals > 1 &&
+         frames * ceil_div<int64_t>(s.height + 1, intervals) < 2 * target.device.multiprocessors)
+    --intervals;
   p.intervals = static_cast<int>(intervals);
   p.strips = static_cast<uint32_t>(ceil_div<int64_t>(s.height + 1, intervals));
-  const int64_t threads = threads_of(intervals);
-  const int64_t bytes = threads / 32 * kStaged + s.room() + (intervals + 1) * row_bytes;
-  auto kernel = enlarge_kernel<S, kFactor, 4>;
-  if constexpr (!S::kFoursOnly) {
-    if (!s.fours()) kernel = enlarge_kernel<S, kFactor, 1>;
-  }
+  const int64_t threads = std::min<int64_t>(kThreads, ceil_div<int64_t>(intervals * p.units, 32) * 32);
+  const int64_t bytes = kWarps * kStaged + (intervals + 1) * row_bytes;
+  const auto kernel = s.fours() ? enlarge_kernel<S, kFactor, 4> : enlarge_kernel<S, kFactor, 1>;
   kernel<<<static_cast<uint32_t>(blocks_of(frames * p.strips)), static_cast<uint32_t>(threads), bytes,
            target.stream>>>(p);
   check_launch("latent_to_rgb");

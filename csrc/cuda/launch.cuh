@@ -128,6 +128,8 @@ class Workspace {
   void* data_ = nullptr;
 };
 
+constexpr int kSharedBytes = 48 << 10;  // of shared memory, what a block may have without asking
+
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename I>

@@ -14,12 +14,10 @@
 namespace latentfast::cuda {
 
 // A tensor that broadcasts to the source, in elements. `inner`: 0 if it does not change within a frame.
-// `slot`: where a thread keeps its lanes in shared memory, in units of 16 bytes; -1 if nothing reads it.
 struct PlanTensor {
   const void* data;
   int64_t sample, channel, frame;
-  int32_t inner;
-  int32_t slot;
+  int64_t inner;
 };
 
 struct PlanStep {
@@ -37,7 +35,6 @@ struct PlanParams {
   int64_t elements;  // of a channel
   int64_t frame;     // of a frame; all of the channel where no tensor tells frames apart
   int32_t steps;
-  int32_t tensors, slots;
   uint32_t masks;  // tensors that are masks, a bit each
 };
 
@@ -153,7 +150,7 @@ inline PlanTensor plan_tensor(const View& x, const PlanSizes& sizes) {
   STD_TORCH_CHECK(plane == 1 || plane == sizes.plane(), "a plan: H and W must both be full or both 1");
   const auto stride = [&](int d, int64_t natural) { return x.size(d) == 1 ? 0 : natural; };
   const int64_t frame = plane, channel = x.size(2) * frame, sample = x.size(1) * channel;
-  return {x.const_data_ptr(), stride(0, sample), stride(1, channel), stride(2, frame), plane == 1 ? 0 : 1, -1};
+  return {x.const_data_ptr(), stride(0, sample), stride(1, channel), stride(2, frame), plane == 1 ? 0 : 1};
 }
 
 // The first `steps` instructions, with the tensors that they and `values` read.
@@ -180,11 +177,8 @@ PlanParams<T> plan_params(std::span<const View> inputs, const PlanProgram& progr
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!read[i]) continue;
     p.tensor[i] = plan_tensor(inputs[i], sizes);
-    p.tensor[i].slot = p.slots;
-    p.slots += (p.masks >> i & 1) != 0 ? static_cast<int>(sizeof(Wide<T>) / sizeof(T)) : 1;
     if (sizes.frames > 1 && p.tensor[i].frame != p.tensor[i].inner * sizes.plane()) p.frame = sizes.plane();
   }
-  p.tensors = static_cast<int>(inputs.size());
   p.coefficients = data<PlanCoefficients<Wide<T>>>(coefficients);
   p.batch = sizes.batch;
   p.channels = sizes.channels;

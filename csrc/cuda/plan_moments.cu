@@ -295,8 +295,9 @@ void plan_coefficients(std::span<const int64_t> code, int64_t start, int64_t sto
   const Workspace scratch(target, shared ? 0 : p.batch * bytes);
   auto* const channels = shared ? nullptr : static_cast<PlanChannel*>(scratch.data());
   dispatch_wide(coefficients.scalar_type(), "plan_coefficients", [&]<typename C>() {
-    plan_coefficients_kernel<C><<<plan_blocks(p.batch), kChannelThreads,
-                                  shared ? static_cast<size_t>(bytes) : 0, target.stream>>>(p, channels);
+    plan_coefficients_kernel<C>
+        <<<plan_blocks(p.batch), kChannelThreads, shared ? static_cast<size_t>(bytes) : 0, target.stream>>>(
+            p, channels);
     check_launch("plan_coefficients");
   });
 }

@@ -39,23 +39,23 @@ __device__ __forceinline__ Place<C> place_of(int i, int full, int size) {
           static_cast<C>(twice - low * 2 * full) / static_cast<C>(2 * static_cast<int64_t>(full))};
 }
 
-template <typename T, typename R>
+template <typename S, typename R>
 struct SampleParams {
-  Source<T> source;
+  S source;
   R* out;
   int rows, columns;            // of the output
   int tile_rows, tile_columns;  // of it, a block's
   uint32_t tiles_down, tiles_across;
 };
 
-template <typename T, typename R, int V>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleParams<T, R> p) {
-  using C = Wide<T>;
+template <typename S, typename R, int V>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleParams<S, R> p) {
+  using C = typename S::C;
   extern __shared__ uint4 shared[];
   Place<C>* const down = reinterpret_cast<Place<C>*>(shared);
   Place<C>* const across = down + p.tile_rows;
   C* const tile = reinterpret_cast<C*>(across + p.tile_columns);  // (row, column, colour)
-  const Source<T>& s = p.source;
+  const S& s = p.source;
   const uint32_t line = blockIdx.x / p.tiles_across, frame = line / p.tiles_down;
   const int first_row = static_cast<int>(line - frame * p.tiles_down) * p.tile_rows;
   const int first_column = static_cast<int>(blockIdx.x - line * p.tiles_across) * p.tile_columns;
@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
     across[i] = place_of<C>(first_column + i, p.columns, s.width);
     across[i].low -= left;
   }
-  const T* const corner = s.frame(frame) + static_cast<int64_t>(top) * s.width + left;
+  const auto* const corner = s.frame(frame) + static_cast<int64_t>(top) * s.width + left;
   for (int i = threadIdx.x; i < height * width; i += kThreads) {
     const int row = i / width;
     C rgb[3][1];
-    map_to_rgb<T, 1>(s, corner + static_cast<int64_t>(row) * s.width + (i - row * width), rgb);
+    s.map(corner, static_cast<int64_t>(row) * s.width + (i - row * width), rgb);
 #pragma unroll
     for (int k = 0; k < 3; ++k) tile[3 * i + k] = scaled<R>(rgb[k][0]);
   }
@@ -108,25 +108,25 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 
 // ---- not enlarged ----
 
-template <typename T, typename R>
+template <typename S, typename R>
 struct MapParams {
-  Source<T> source;
+  S source;
   R* out;
   int64_t vectors;  // of all frames
 };
 
-template <typename T, typename R, int V>
-__global__ void __launch_bounds__(kThreads) map_kernel(const __grid_constant__ MapParams<T, R> p) {
-  using C = Wide<T>;
+template <typename S, typename R, int V>
+__global__ void __launch_bounds__(kThreads) map_kernel(const __grid_constant__ MapParams<S, R> p) {
+  using C = typename S::C;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.vectors) return;
-  const Source<T>& s = p.source;
+  const S& s = p.source;
   const int64_t each = s.plane / V;
   const uint32_t frame = static_cast<uint32_t>(i <= UINT32_MAX && each <= UINT32_MAX
                                                    ? static_cast<uint32_t>(i) / static_cast<uint32_t>(each)
                                                    : i / each);
   C rgb[3][V], value[3 * V];
-  map_to_rgb<T, V>(s, s.frame(frame) + (i - frame * each) * V, rgb);
+  s.map(s.frame(frame), (i - frame * each) * V, rgb);
 #pragma unroll
   for (int q = 0; q < 3 * V; ++q) value[q] = scaled<R>(rgb[q % 3][q / 3]);
   if constexpr (V == 1) {
@@ -145,10 +145,10 @@ int64_t extent(int64_t count, int64_t full, int64_t size) {
   return std::min(size, (count - 1) * size / full + 3);
 }
 
-template <typename T, typename R>
-void sample(const Source<T>& s, R* out, int64_t frames, int64_t rows, int64_t columns, const Target& target) {
-  using C = Wide<T>;
-  SampleParams<T, R> p;
+template <typename S, typename R>
+void sample(const S& s, R* out, int64_t frames, int64_t rows, int64_t columns, const Target& target) {
+  using C = typename S::C;
+  SampleParams<S, R> p;
   p.source = s;
   p.out = out;
   p.rows = static_cast<int>(rows);
@@ -173,15 +173,16 @@ void sample(const Source<T>& s, R* out, int64_t frames, int64_t rows, int64_t co
   bool vectors = false;
   if constexpr (sizeof(R) <= 4) {
     vectors = columns % 4 == 0 && across % 4 == 0 && aligned(out, 4 * sizeof(R));
-    if (vectors) sample_kernel<T, R, 4><<<grid, kThreads, bytes(), target.stream>>>(p);
+    if (vectors) sample_kernel<S, R, 4><<<grid, kThreads, bytes(), target.stream>>>(p);
   }
-  if (!vectors) sample_kernel<T, R, 1><<<grid, kThreads, bytes(), target.stream>>>(p);
+  if (!vectors) sample_kernel<S, R, 1><<<grid, kThreads, bytes(), target.stream>>>(p);
   check_launch("latent_to_rgb");
 }
 
-template <typename T, typename R>
-void map(const Source<T>& s, R* out, int64_t frames, const Target& target) {
-  MapParams<T, R> p;
+template <typename S, typename R>
+void map(const S& s, R* out, int64_t frames, const Target& target) {
+  using T = typename S::Element;
+  MapParams<S, R> p;
   p.source = s;
   p.out = out;
   constexpr int V = kPack<T>;
@@ -192,30 +193,30 @@ void map(const Source<T>& s, R* out, int64_t frames, const Target& target) {
   };
   if constexpr (sizeof(T) <= 4) {
     vectors = s.plane % V == 0 && aligned16(s.z) && aligned(out, sizeof(R) == 1 ? 4 : 16);
-    if (vectors) map_kernel<T, R, V><<<grid(frames * s.plane / V), kThreads, 0, target.stream>>>(p);
+    if (vectors) map_kernel<S, R, V><<<grid(frames * s.plane / V), kThreads, 0, target.stream>>>(p);
   }
-  if (!vectors) map_kernel<T, R, 1><<<grid(frames * s.plane), kThreads, 0, target.stream>>>(p);
+  if (!vectors) map_kernel<S, R, 1><<<grid(frames * s.plane), kThreads, 0, target.stream>>>(p);
   check_launch("latent_to_rgb");
 }
 
-template <typename T, typename R>
-void show(const Source<T>& s, const View& out, int64_t frames, const Target& target) {
+template <typename R, typename S>
+void show(const S& s, const View& out, int64_t frames, const Target& target) {
   const int64_t rows = out.size(2), columns = out.size(3);
   R* const to = mutable_data<R>(out);
-  if (rows == s.height && columns == s.width) return map<T, R>(s, to, frames, target);
-  if constexpr (std::is_same_v<R, uint8_t> && sizeof(T) <= 4) {
+  if (rows == s.height && columns == s.width) return map(s, to, frames, target);
+  if constexpr (std::is_same_v<R, uint8_t> && sizeof(typename S::Element) <= 4) {
     switch (factor_of(s, rows, columns, to)) {
       case 2:
-        return enlarge<Source<T>, 2>(s, to, frames, target);
+        return enlarge<S, 2>(s, to, frames, target);
       case 4:
-        return enlarge<Source<T>, 4>(s, to, frames, target);
+        return enlarge<S, 4>(s, to, frames, target);
       case 8:
-        return enlarge<Source<T>, 8>(s, to, frames, target);
+        return enlarge<S, 8>(s, to, frames, target);
       case 16:
-        return enlarge<Source<T>, 16>(s, to, frames, target);
+        return enlarge<S, 16>(s, to, frames, target);
     }
   }
-  sample<T, R>(s, to, frames, rows, columns, target);
+  sample(s, to, frames, rows, columns, target);
 }
 
 }  // namespace
@@ -248,11 +249,26 @@ void latent_to_rgb(const View& z, const View& weight, const View& bias, const Vi
                            static_cast<int>(z.size(4))};
     const int64_t frames = z.size(0) * z.size(2);
     if (out.scalar_type() == ScalarType::Byte) {
-      show<T, uint8_t>(source, out, frames, target);
+      show<uint8_t>(source, out, frames, target);
     } else {
-      show<T, C>(source, out, frames, target);
+      show<C>(source, out, frames, target);
     }
   });
+}
+
+void enlarge_planes(const float* planes, int64_t batch, int64_t frames, int64_t height, int64_t width,
+                    const View& out) {
+  const int64_t plane = height * width;
+  const Source<float, true> source{planes,
+                                   nullptr,
+                                   nullptr,
+                                   plane,
+                                   frames * plane,
+                                   static_cast<uint32_t>(frames),
+                                   3,
+                                   static_cast<int>(height),
+                                   static_cast<int>(width)};
+  show<uint8_t>(source, out, batch * frames, Target(out));
 }
 
 }  // namespace latentfast::cuda

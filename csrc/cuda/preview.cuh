@@ -6,11 +6,15 @@
 
 namespace latentfast::cuda {
 
-template <typename T>
+// Where latents lie, and the map of their channels to RGB; kPlanes: three channels that are RGB already.
+template <typename T, bool kPlanes = false>
 struct Source {
+  using Element = T;
+  using C = Wide<T>;
+
   const T* z;
-  const Wide<T>* weight;  // (channels, 3)
-  const Wide<T>* bias;
+  const C* weight;  // (channels, 3)
+  const C* bias;
   int64_t plane, channel_stride;
   uint32_t frames;  // of one sample
   int channels, height, width;
@@ -21,51 +25,50 @@ struct Source {
   }
 
   // A source of the kernel for factors, see enlarge.cuh.
-  static constexpr bool kFoursOnly = false;
-  static constexpr int kParts = 1, kBlocks = 3;
   bool fours() const {
     return width % 4 == 0 && plane % 4 == 0 && reinterpret_cast<uintptr_t>(z) % (4 * sizeof(T)) == 0;
   }
   __device__ const T* rows(uint32_t index, int low) const {
     return frame(index) + static_cast<int64_t>(low) * width;
   }
-  int room() const { return 0; }
-  template <int V>
-  __device__ __forceinline__ void map(const uint4*, const T* from, int at, int, Wide<T> (&rgb)[3][V]) const;
-};
 
-// x = bias + Σ_c weight[c]·z[c] at V neighbouring positions.
-template <typename T, int V>
-__device__ __forceinline__ void map_to_rgb(const Source<T>& s, const T* z, Wide<T> (&rgb)[3][V]) {
-  using C = Wide<T>;
+  // x = bias + Σ_c weight[c]·z[c] at V neighbouring positions.
+  template <int V>
+  __device__ __forceinline__ void map(const T* rows, int64_t at, C (&rgb)[3][V]) const {
+    const T* from = rows + at;
+    if constexpr (kPlanes) {
 #pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    const C b = __ldg(s.bias + k);
-#pragma unroll
-    for (int v = 0; v < V; ++v) rgb[k][v] = b;
-  }
-  const C* w = s.weight;
-#pragma unroll 8
-  for (int c = 0; c < s.channels; ++c, z += s.channel_stride, w += 3) {
-    Raw<T, V> raw;
-    load_raw(raw, z);
-    C x[V];
-    widen_raw(raw, x);
+      for (int k = 0; k < 3; ++k, from += channel_stride) take(from, rgb[k]);
+      return;
+    }
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      const C factor = __ldg(w + k);
+      const C b = __ldg(bias + k);
 #pragma unroll
-      for (int v = 0; v < V; ++v) rgb[k][v] = fma(factor, x[v], rgb[k][v]);
+      for (int v = 0; v < V; ++v) rgb[k][v] = b;
+    }
+    const C* w = weight;
+#pragma unroll 8
+    for (int c = 0; c < channels; ++c, from += channel_stride, w += 3) {
+      C x[V];
+      take(from, x);
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+        const C factor = __ldg(w + k);
+#pragma unroll
+        for (int v = 0; v < V; ++v) rgb[k][v] = fma(factor, x[v], rgb[k][v]);
+      }
     }
   }
-}
 
-template <typename T>
-template <int V>
-__device__ __forceinline__ void Source<T>::map(const uint4*, const T* from, int at, int,
-                                               Wide<T> (&rgb)[3][V]) const {
-  map_to_rgb<T, V>(*this, from + at, rgb);
-}
+ private:
+  template <int V>
+  __device__ __forceinline__ static void take(const T* from, C (&x)[V]) {
+    Raw<T, V> raw;
+    load_raw(raw, from);
+    widen_raw(raw, x);
+  }
+};
 
 // Bytes are made from (x + 1)/2, whose range is that of a saturating instruction.
 template <typename R, typename C>
@@ -112,7 +115,11 @@ __device__ __forceinline__ void store_values(R* to, const C (&x)[V]) {
   }
 }
 
-// The operator, for other sources' operators too. `z` (B, C, T, H, W); out (B, T, H', W', 3).
+// The operator, for other files' operators too. `z` (B, C, T, H, W); out (B, T, H', W', 3).
 void latent_to_rgb(const View& z, const View& weight, const View& bias, const View& out);
+
+// What it does behind the map, bytes of planes (B, 3, T, H, W) of RGB in [-1, 1].
+void enlarge_planes(const float* planes, int64_t batch, int64_t frames, int64_t height, int64_t width,
+                    const View& out);
 
 }  // namespace latentfast::cuda
