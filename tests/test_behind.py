@@ -142,7 +142,8 @@ def test_a_gpu_keeps_a_state_while_it_computes_the_next() -> None:
         there.record()
 
     states = Behind[torch.Tensor](receive)
-    receive(x)  # streams and kernels are made at their first use
+    states.take(x, x.device)
+    states.finish()  # streams, kernels and a stream's memory are made at their first use, and that waits for all streams
     torch.cuda.synchronize()
     hosts.zero_()
     states.take(x, x.device)
