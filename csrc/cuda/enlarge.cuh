@@ -194,7 +194,7 @@ void enlarge(const S& s, uint8_t* out, int64_t frames, const Target& target) {
   int64_t intervals = std::clamp<int64_t>(kThreads / p.units, 1, std::min<int64_t>(room, s.height + 1));
   // small clips: rather more blocks, so that every multiprocessor has some
   while (intervals > 1 &&
-         frames * ceil_div<int64_t>(s.height + 1, intervals) < 2 * target.device.multiprocessors)
+         frames * ceil_div<int64_t>(s.height + 1, intervals) < 3 * target.device.multiprocessors)
     --intervals;
   p.intervals = static_cast<int>(intervals);
   p.strips = static_cast<uint32_t>(ceil_div<int64_t>(s.height + 1, intervals));

@@ -15,8 +15,10 @@
 namespace latentfast::cuda {
 namespace {
 
-constexpr int kWalkThreads = 128;
 constexpr int kPairThreads = 256;
+constexpr int kWalkBlocks = 4;  // a multiprocessor's at a time
+constexpr int kMostTileBytes =
+    96 << 10;  // of shared memory, what cards from capability 8.0 on have for a block
 
 template <typename T, int G>
 struct TileParams {
@@ -24,82 +26,124 @@ struct TileParams {
   PlanTile tile;
 };
 
+// The tile's sample, channels and first element.
+template <typename T, int G>
+struct TileOrigin {
+  uint32_t b;
+  int32_t begin, count;
+  int64_t e;
+
+  __device__ TileOrigin(const TileParams<T, G>& p, uint32_t groups) {
+    uint32_t chunk = blockIdx.x, rest = 0;
+    if (gridDim.x != p.tile.chunks) {
+      rest = chunk / p.tile.chunks;
+      chunk -= rest * p.tile.chunks;
+    }
+    b = groups == 1 ? rest : rest / groups;
+    begin = static_cast<int32_t>(rest - b * groups) * p.tile.group;
+    count = min(p.tile.group, static_cast<int32_t>(p.plan.channels) - begin);
+    e = static_cast<int64_t>(chunk) * p.tile.vectors * kPack<T>;
+  }
+};
+
 // Latents of the tile.
 template <typename T, int G>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(PlanTile::kThreads, kWalkBlocks)
     plan_latents_kernel(const __grid_constant__ TileParams<T, G> p, T* out) {
-  using Lanes = SlotLanes<T, G, kWalkThreads>;
+  using Lanes = SlotLanes<T, G>;
   extern __shared__ uint4 room[];
-  const PlanTile& tile = p.tile;
-  const uint32_t rest = blockIdx.x / tile.chunks, chunk = blockIdx.x - rest * tile.chunks;
-  const uint32_t b = rest / tile.groups;
-  const int32_t begin = static_cast<int32_t>(rest - b * tile.groups) * tile.group;
-  const Lanes at(p.plan, tile, room);
-  const int64_t e = (static_cast<int64_t>(chunk) * tile.vectors + at.column) * Lanes::V;
-  const int32_t stop = min(begin + tile.group, static_cast<int32_t>(p.plan.channels));
-  const int32_t c = begin + at.rank;
-  const bool inside = c < stop && e < p.plan.elements;
-  at.fetch(p.plan, b, begin, e, inside);
+  const TileOrigin<T, G> tile(p, p.tile.groups);
+  const Lanes at(p.plan, p.tile, room);
+  const int64_t e = tile.e + threadIdx.x * Lanes::V;
+  const bool inside = at.rank < tile.count && e < p.plan.elements;
+  at.fetch(p.plan, tile.b, tile.begin, tile.count, e);
   if (!inside) return;
   Wide<T> x[Lanes::kCount];
   walk_plan<T>(p.plan, at, x);
-  T* const to = out + (b * p.plan.channels + c) * p.plan.elements + e;
+  T* to = out + (tile.b * p.plan.channels + tile.begin + at.rank) * p.plan.elements + e;
 #pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (c + g < stop) {
-      store_narrow(to + g * p.plan.elements, reinterpret_cast<Wide<T>(&)[Lanes::V]>(x[g * Lanes::V]));
+  for (int g = 0; g < G; ++g, to += p.plan.elements) {
+    if (at.rank + g < tile.count) {
+      store_narrow(to, reinterpret_cast<Wide<T>(&)[Lanes::V]>(x[g * Lanes::V]));
     }
   }
 }
 
+__device__ __forceinline__ void add_scaled(float4& sum, float w, const float4& x) {
+  sum = make_float4(fmaf(w, x.x, sum.x), fmaf(w, x.y, sum.y), fmaf(w, x.z, sum.z), fmaf(w, x.w, sum.w));
+}
+
+// A walked channel's neighbours of a tile in fours, an even number.
+template <typename T>
+LATENTFAST_HD int32_t pitch_of_fours(const PlanTile& tile) {
+  const int32_t fours = tile.vectors * (kPack<T> / 4);
+  return fours + fours % 2;
+}
+
+// Where the i-th four lie in shared memory, so that neither threads that write every other four nor such that
+// read them all meet in a bank.
+__device__ __forceinline__ int32_t place_of_four(int32_t i) { return i ^ (i >> 3 & 1); }
+
 // RGB of the tile's positions, to (B, 3, elements of a channel). Channels are added in their order, whichever
 // threads walked them: the same bits as latent_to_rgb of the unrounded latents.
 template <typename T, int G>
-__global__ void __launch_bounds__(kWalkThreads)
+__global__ void __launch_bounds__(PlanTile::kThreads, kWalkBlocks)
     plan_planes_kernel(const __grid_constant__ TileParams<T, G> p, const float* weight, const float* bias,
                        float* planes) {
-  using Lanes = SlotLanes<T, G, kWalkThreads>;
+  using Lanes = SlotLanes<T, G>;
   constexpr int V = Lanes::V;
   extern __shared__ uint4 room[];
-  const PlanTile& tile = p.tile;
-  const uint32_t b = blockIdx.x / tile.chunks, chunk = blockIdx.x - b * tile.chunks;
-  const Lanes at(p.plan, tile, room);
-  float* const walked = reinterpret_cast<float*>(room) + Lanes::room(p.plan, tile) / sizeof(float);
-  const int32_t channels = static_cast<int32_t>(p.plan.channels), positions = tile.vectors * V;
-  const int64_t first = static_cast<int64_t>(chunk) * positions, e = first + at.column * V;
-  planes += 3 * b * p.plan.elements;
-  for (int32_t begin = 0; begin < channels; begin += tile.group) {
-    const int32_t count = min(tile.group, channels - begin);
+  const TileOrigin<T, G> tile(p, 1);
+  const int32_t group = p.tile.group, channels = static_cast<int32_t>(p.plan.channels);
+  const int32_t fours = p.tile.vectors * (V / 4), pitch = pitch_of_fours<T>(p.tile);
+  float4* const weights = reinterpret_cast<float4*>(room);  // a channel's three
+  float4* const walked = weights + group;                   // (group, pitch)
+  const Lanes at(p.plan, p.tile, room + group * (1 + pitch));
+  const int64_t e = tile.e + threadIdx.x * V;
+  const int32_t rank = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  planes += 3 * tile.b * p.plan.elements + tile.e;
+  for (int32_t begin = 0; begin < channels; begin += group) {
+    const int32_t count = min(group, channels - begin);
     const bool inside = at.rank < count && e < p.plan.elements;
-    at.fetch(p.plan, b, begin, e, inside);
+    if (begin > 0) __syncthreads();  // the weights are no longer read
+    for (int32_t i = rank; i < 3 * count; i += threads) {
+      __pipeline_memcpy_async(reinterpret_cast<float*>(weights + i / 3) + i % 3, weight + 3 * begin + i, 4);
+    }
+    at.fetch(p.plan, tile.b, begin, count, e);
     if (inside) {
       float x[Lanes::kCount];
       walk_plan<T>(p.plan, at, x);
 #pragma unroll
       for (int g = 0; g < G; ++g) {
         if (at.rank + g >= count) break;
-        float4* const to = reinterpret_cast<float4*>(walked + (at.rank + g) * positions + at.column * V);
 #pragma unroll
         for (int v = 0; v < V; v += 4) {
           const float* const four = x + g * V + v;
-          to[v / 4] = make_float4(four[0], four[1], four[2], four[3]);
+          walked[(at.rank + g) * pitch + place_of_four((threadIdx.x * V + v) / 4)] =
+              make_float4(four[0], four[1], four[2], four[3]);
         }
       }
     }
     __syncthreads();
-    for (int32_t i = threadIdx.x; i < positions && first + i < p.plan.elements; i += blockDim.x) {
-      float* const to = planes + first + i;
-      float rgb[3];
+    for (int32_t i = rank; i < fours && tile.e + 4 * i < p.plan.elements; i += threads) {
+      float4 rgb[3];
+      float* const to = planes + 4 * i;
 #pragma unroll
-      for (int k = 0; k < 3; ++k) rgb[k] = begin == 0 ? __ldg(bias + k) : to[k * p.plan.elements];
+      for (int k = 0; k < 3; ++k) {
+        const float b = begin == 0 ? __ldg(bias + k) : 0;
+        rgb[k] =
+            begin == 0 ? make_float4(b, b, b, b) : *reinterpret_cast<const float4*>(to + k * p.plan.elements);
+      }
+      const float4* from = walked + place_of_four(i);
 #pragma unroll 4
-      for (int32_t c = 0; c < count; ++c) {
-        const float x = walked[c * positions + i];
-#pragma unroll
-        for (int k = 0; k < 3; ++k) rgb[k] = fmaf(__ldg(weight + 3 * (begin + c) + k), x, rgb[k]);
+      for (int32_t c = 0; c < count; ++c, from += pitch) {
+        const float4 x = *from, w = weights[c];
+        add_scaled(rgb[0], w.x, x);
+        add_scaled(rgb[1], w.y, x);
+        add_scaled(rgb[2], w.z, x);
       }
 #pragma unroll
-      for (int k = 0; k < 3; ++k) to[k * p.plan.elements] = rgb[k];
+      for (int k = 0; k < 3; ++k) *reinterpret_cast<float4*>(to + k * p.plan.elements) = rgb[k];
     }
   }
 }
@@ -127,25 +171,32 @@ void walk_pairs(const PlanParams<T>& p, R* out, const Target& target) {
   check_launch("plan_run");
 }
 
-// Launches `kernel<G>` with a tile's parameters and what follows them. G: the channels that share a thread,
-// and with it masks, if no mask tells channels apart.
-template <typename T, typename Launch>
-void with_tile(const PlanParams<T>& p, const Launch& launch) {
+// Calls `launch` with a tile of G channels a thread and with its bytes of shared memory, to which `more` are
+// added. Four channels share the overhead of an instruction, and masks; a thread has one, if a mask tells
+// channels apart or if there is no room for more.
+template <typename T, typename More, typename Launch>
+void with_tile(const PlanParams<T>& p, const More& more, const Launch& launch) {
+  const auto with = [&]<int G>(int64_t most) {
+    TileParams<T, G> own{p, {}};
+    own.tile = PlanTile::of(own.plan, std::integral_constant<int, G>());
+    const int64_t bytes = SlotLanes<T, G>::room(own.plan, own.tile) + more(own.tile);
+    if (bytes > most) return false;
+    launch(own, static_cast<int>(bytes));
+    return true;
+  };
   bool one = p.channels == 1;
   for (int i = 0; i < kMostPlanTensors; ++i)
     one = one || ((p.masks >> i & 1) != 0 && p.tensor[i].channel != 0);
-  const auto with = [&]<int G>() { launch(TileParams<T, G>{p, PlanTile(p, G, kWalkThreads, kPack<T>)}); };
-  one ? with.template operator()<1>() : with.template operator()<2>();
+  if (one || !with.template operator()<4>(kMostTileBytes)) with.template operator()<1>(INT64_MAX);
 }
 
 template <typename T, int G, typename... Arguments>
 void launch_tile(void (*kernel)(TileParams<T, G>, Arguments...), const TileParams<T, G>& p, int64_t blocks,
-                 int64_t more, const Target& target, Arguments... arguments) {
-  const auto bytes = static_cast<int>(SlotLanes<T, G, kWalkThreads>::room(p.plan, p.tile) + more);
+                 int bytes, const Target& target, Arguments... arguments) {
   if (bytes > kSharedBytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "plan_run");
   }
-  const int threads = ceil_div(ceil_div(p.tile.group, G) * p.tile.vectors, 32) * 32;
+  const dim3 threads(p.tile.vectors, ceil_div(p.tile.group, G));
   kernel<<<plan_blocks(blocks), threads, bytes, target.stream>>>(p, arguments...);
   check_launch("plan_run");
 }
@@ -176,19 +227,22 @@ void plan_run(std::span<const View> inputs, std::span<const int64_t> code, const
     if constexpr (sizeof(T) <= 4) {
       if (plan_vectors(p, kPack<T>) && aligned16(to)) {
         if (latents) {
-          with_tile(p, [&]<int G>(const TileParams<T, G>& own) {
-            launch_tile(plan_latents_kernel<T, G>, own, p.batch * own.tile.groups * own.tile.chunks, 0,
-                        target, to);
-          });
+          with_tile(
+              p, [](const PlanTile&) { return 0; },
+              [&]<int G>(const TileParams<T, G>& own, int bytes) {
+                launch_tile(plan_latents_kernel<T, G>, own, p.batch * own.tile.groups * own.tile.chunks,
+                            bytes, target, to);
+              });
           if (rgb) latent_to_rgb(edited, *weight, *bias, *rgb);
           return;
         }
         const Workspace scratch(target, 3 * p.batch * p.elements * static_cast<int64_t>(sizeof(float)));
         auto* const planes = static_cast<float*>(scratch.data());
-        with_tile(p, [&]<int G>(const TileParams<T, G>& own) {
-          const int64_t walked =
-              own.tile.group * own.tile.vectors * static_cast<int64_t>(16 * sizeof(C) / sizeof(T));
-          launch_tile(plan_planes_kernel<T, G>, own, p.batch * own.tile.chunks, walked, target,
+        const auto more = [](const PlanTile& tile) {
+          return tile.group * (1 + pitch_of_fours<T>(tile)) * static_cast<int>(sizeof(float4));
+        };
+        with_tile(p, more, [&]<int G>(const TileParams<T, G>& own, int bytes) {
+          launch_tile(plan_planes_kernel<T, G>, own, p.batch * own.tile.chunks, bytes, target,
                       data<float>(*weight), data<float>(*bias), planes);
         });
         return enlarge_planes(planes, sizes.batch, sizes.frames, sizes.height, sizes.width, *rgb);

@@ -20,10 +20,10 @@ struct PlanTensor {
   int64_t inner;
 };
 
-struct PlanStep {
+struct alignas(16) PlanStep {
   PlanKind kind;
-  int8_t operand, mask;  // -1 for none
-  bool outside;          // the mask confines what was before: confine
+  int32_t operand, mask;  // tensors, as the lanes number them; -1 for none
+  int32_t outside;        // the mask confines what was before: confine
 };
 
 template <typename T>
@@ -35,6 +35,7 @@ struct PlanParams {
   int64_t elements;  // of a channel
   int64_t frame;     // of a frame; all of the channel where no tensor tells frames apart
   int32_t steps;
+  int32_t source;  // numbered as operands are
   uint32_t masks;  // tensors that are masks, a bit each
 };
 
@@ -45,20 +46,37 @@ __device__ __forceinline__ C mixed(C from, C to, C m) {
   return m == 0 ? from : m == 1 ? to : between;
 }
 
+// a·x + b·y, where a weight of exactly 0 leaves its vector out.
+template <typename C>
+__device__ __forceinline__ C weighted(C a, C x, C b, C y) {
+  return b == 0 ? a * x : a == 0 ? b * y : fma(a, x, b * y);
+}
+
 // Instruction k on the lanes x, with what was loaded of its operand and its mask. All threads take the same
-// branches; operands are widened behind them, where they are used, for the registers' sake.
+// branches; operands are widened behind them, where they are used, and x changes in place, for the registers'
+// sake.
 template <typename T, typename Lanes, int V = Lanes::kCount>
-__device__ __forceinline__ void apply_step(const PlanParams<T>& p, int k, const Lanes& at, Wide<T> (&x)[V],
+__device__ __forceinline__ bool apply_step(const PlanParams<T>& p, int k, const Lanes& at, Wide<T> (&x)[V],
                                            typename Lanes::Operand& operand, typename Lanes::Mask& mask) {
   using C = Wide<T>;
   constexpr int kMasks = Lanes::kMasks;
   const PlanStep step = p.step[k];
   const PlanCoefficients<C> own = at.coefficients(p, k, 0);
-  C made[V], m[kMasks];
+  C m[kMasks], y[V];
   if (step.mask >= 0) at.widened(p, step.mask, mask, m);
+  // x ← made(v), as far as the mask has it
+  const auto each = [&](const auto& made) {
+    if (step.mask < 0) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v] = made(v);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v] = mixed(x[v], made(v), m[v % kMasks]);
+    }
+  };
+
   switch (step.kind) {
     case PlanKind::add: {
-      C y[V];
       at.widened(p, step.operand, operand, y);
       const C strength = own.value[0];
       if (step.mask < 0) {
@@ -68,75 +86,100 @@ __device__ __forceinline__ void apply_step(const PlanParams<T>& p, int k, const 
 #pragma unroll
         for (int v = 0; v < V; ++v) x[v] = fma(m[v % kMasks], strength * y[v], x[v]);
       }
-      return;
+      return true;
     }
     case PlanKind::affine:
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const PlanCoefficients<C> each = at.coefficients(p, k, v);
-        made[v] = fma(x[v] - each.value[0], each.value[1], each.value[2]);
-      }
-      break;
+      each([&](int v) {
+        const PlanCoefficients<C> channel = at.coefficients(p, k, v);
+        return fma(x[v] - channel.value[0], channel.value[1], channel.value[2]);
+      });
+      return true;
     case PlanKind::tone: {
       const C octaves = own.value[1], depth = own.value[2];
-#pragma unroll
-      for (int v = 0; v < V; ++v) made[v] = x[v] * (1 - depth * gate_at(fma(-octaves, fabs(x[v]), octaves)));
+      each([&](int v) { return x[v] * (1 - depth * gate_at(fma(-octaves, fabs(x[v]), octaves))); });
+      return true;
+    }
+    default:
       break;
-    }
-    default: {
-      const C a = own.value[0], b = own.value[1], turn = own.value[2];
-      if (b == 0) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) made[v] = a * x[v];
-      } else {
-        at.widened(p, step.operand, operand, made);
-        if (a == 0) {
-#pragma unroll
-          for (int v = 0; v < V; ++v) made[v] *= b;
-        } else {
-#pragma unroll
-          for (int v = 0; v < V; ++v) made[v] = fma(a, x[v], b * made[v]);
-        }
-      }
-      if (turn != 0) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) made[v] = fma(turn, at.partner(x, v), made[v]);
-      }
-    }
   }
-  if (step.mask < 0) {
+
+  const C a = own.value[0], b = own.value[1], turn = own.value[2];
+  at.widened(p, step.operand, operand, y);
+  if (step.outside) {  // a confine, which takes its operand as it is
 #pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = made[v];
-  } else if (step.outside) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = mixed(made[v], x[v], m[v % kMasks]);
+    for (int v = 0; v < V; ++v) x[v] = mixed(y[v], x[v], m[v % kMasks]);
+  } else if (turn == 0 && a == 0) {
+    each([&](int v) { return b * y[v]; });
+  } else if (turn == 0 && b != 0) {
+    each([&](int v) { return fma(a, x[v], b * y[v]); });
   } else {
+    return false;
+  }
+  return true;
+}
+
+// The same of an interpolation at 0, or between opposite vectors.
+template <typename T, typename Lanes, int V = Lanes::kCount>
+__device__ __forceinline__ void apply_rare_step(const PlanParams<T>& p, int k, const Lanes& at,
+                                                Wide<T> (&x)[V], typename Lanes::Operand& operand,
+                                                typename Lanes::Mask& mask) {
+  using C = Wide<T>;
+  constexpr int kMasks = Lanes::kMasks;
+  const PlanStep step = p.step[k];
+  const PlanCoefficients<C> own = at.coefficients(p, k, 0);
+  const C a = own.value[0], b = own.value[1], turn = own.value[2];
+  C m[kMasks], y[V];
+  if (step.mask >= 0) at.widened(p, step.mask, mask, m);
+  at.widened(p, step.operand, operand, y);
 #pragma unroll
-    for (int v = 0; v < V; ++v) x[v] = mixed(x[v], made[v], m[v % kMasks]);
+  for (int v = 0; v < V; v += 2) {
+    C made[2] = {weighted(a, x[v], b, y[v]), weighted(a, x[v + 1], b, y[v + 1])};
+    if (turn != 0 && at.paired()) {
+      made[0] = fma(turn, -x[v + 1], made[0]);
+      made[1] = fma(turn, x[v], made[1]);
+    }
+    x[v] = step.mask < 0 ? made[0] : mixed(x[v], made[0], m[v % kMasks]);
+    x[v + 1] = step.mask < 0 ? made[1] : mixed(x[v + 1], made[1], m[(v + 1) % kMasks]);
   }
 }
 
 // The value that all of `p`'s instructions make at these lanes.
 template <typename T, typename Lanes, int V = Lanes::kCount>
 __device__ __forceinline__ void walk_plan(const PlanParams<T>& p, const Lanes& at, Wide<T> (&x)[V]) {
-  typename Lanes::Operand source;
-  at.load(p, 0, source);
+  constexpr int kChunk = Lanes::kChunk;
+  typename Lanes::Operand source, operands[kChunk];
+  typename Lanes::Mask masks[kChunk];
+  const auto load = [&](int k, int j) {
+    const PlanStep step = p.step[k];
+    if (step.operand >= 0) at.load(p, step.operand, operands[j]);
+    if (step.mask >= 0) at.load(p, step.mask, masks[j]);
+  };
+  at.load(p, p.source, source);
+  if (kChunk == 1 || p.steps == 0) at.widened(p, p.source, source, x);
+  if constexpr (kChunk == 1) {
+    // What is rare stands outside of the inner loop: within, it would take that loop's registers.
 #pragma unroll 1
-  for (int first = 0; first < p.steps || first == 0; first += Lanes::kChunk) {
-    typename Lanes::Operand operands[Lanes::kChunk];
-    typename Lanes::Mask masks[Lanes::kChunk];
-#pragma unroll
-    for (int j = 0; j < Lanes::kChunk; ++j) {
-      if (first + j >= p.steps) break;
-      const PlanStep step = p.step[first + j];
-      if (step.operand >= 0) at.load(p, step.operand, operands[j]);
-      if (step.mask >= 0) at.load(p, step.mask, masks[j]);
+    for (int k = 0; k < p.steps; ++k) {
+#pragma unroll 1
+      for (; k < p.steps; ++k) {
+        load(k, 0);
+        if (!apply_step<T>(p, k, at, x, operands[0], masks[0])) break;
+      }
+      if (k < p.steps) apply_rare_step<T>(p, k, at, x, operands[0], masks[0]);
     }
-    if (first == 0) at.widened(p, 0, source, x);
+  } else {
+#pragma unroll 1
+    for (int first = 0; first < p.steps; first += kChunk) {
 #pragma unroll
-    for (int j = 0; j < Lanes::kChunk; ++j) {
-      if (first + j >= p.steps) break;
-      apply_step<T>(p, first + j, at, x, operands[j], masks[j]);
+      for (int j = 0; j < kChunk; ++j) {
+        if (first + j < p.steps) load(first + j, j);
+      }
+      if (first == 0) at.widened(p, p.source, source, x);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (first + j < p.steps && !apply_step<T>(p, first + j, at, x, operands[j], masks[j]))
+          apply_rare_step<T>(p, first + j, at, x, operands[j], masks[j]);
+      }
     }
   }
 }
@@ -167,8 +210,8 @@ PlanParams<T> plan_params(std::span<const View> inputs, const PlanProgram& progr
   for (int k = 0; k < steps; ++k) {
     const PlanInstruction& own = program.at[k];
     const bool takes = own.operand >= 0 && own.operation != PlanOperation::adain;
-    p.step[k] = {kind_of(own.operation), static_cast<int8_t>(takes ? own.operand : -1),
-                 static_cast<int8_t>(own.mask), own.operation == PlanOperation::confine};
+    p.step[k] = {kind_of(own.operation), takes ? own.operand : -1, own.mask,
+                 own.operation == PlanOperation::confine};
     if (takes) read[own.operand] = true;
     if (own.mask >= 0) read[own.mask] = true;
     if (own.mask >= 0) p.masks |= 1u << own.mask;
