@@ -1,14 +1,16 @@
 """The preview engine: from a slider's move to frames on the host, and what a preview costs the run it is attached to.
 
 Moves come one after another, each once the frames of the one before are there, as a hand that waits; then as fast as
-they can for some seconds, as a hand that does not: most of these are overtaken, and the rate is what is shown. A run of
-the embedded model's pipeline is timed with and without an engine that shows each of its steps, by turns.
+they can for some seconds, as a hand that does not: most of these are overtaken, and the rate is what is shown. Runs of
+the embedded model's pipeline, whose steps are the host's work nearly alone, and on a GPU of Wan 2.1 1.3B's are timed
+with and without an engine that shows each of their steps, by turns.
 """
 
 import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -20,7 +22,9 @@ from latentfast import tiny
 from latentfast.benchmarks.draws import soft_mask
 from latentfast.benchmarks.harness import synchronize
 from latentfast.benchmarks.operation import MODELS
+from latentfast.benchmarks.resume import wan_name, wan_pipeline
 from latentfast.benchmarks.rows import Environment, environment
+from latentfast.benchmarks.share_of_step import WAN_1_3B
 from latentfast.benchmarks.table import headed, number
 from latentfast.integrations.diffusers.sampling import starting_noise
 from latentfast.preview import PreviewEngine, RecipeRenderer, RGBRenderer
@@ -54,7 +58,7 @@ class Moves:
 
 @dataclass(frozen=True)
 class Attached:
-    """Seconds of sampling runs, the medians.
+    """Seconds of a pipeline's sampling runs, the medians.
 
     Attributes:
         alone: Without an engine.
@@ -62,6 +66,7 @@ class Attached:
         same_bits: The latents are the same.
     """
 
+    model: str
     steps: int
     alone: float
     watched: float
@@ -79,21 +84,25 @@ class Previews:
 
     environment: Environment
     moves: list[Moves]
-    attached: Attached
+    attached: list[Attached]
     quick: bool
 
     @property
     def wrong(self) -> str:
         """What is, in a few words; nothing if all is right."""
-        return "" if self.attached.same_bits else "a preview changed the bits of the sampling it was attached to"
+        changed = [run.model for run in self.attached if not run.same_bits]
+        return f"a preview changed the bits of the sampling it was attached to: {', '.join(changed)}" if changed else ""
 
     def to_json(self) -> str:
-        """One line, with the share."""
-        return json.dumps({**asdict(self), "attached_cost": self.attached.cost})
+        """One line, with the shares."""
+        data = asdict(self)
+        for written, run in zip(data["attached"], self.attached, strict=True):
+            written["cost"] = run.cost
+        return json.dumps(data)
 
 
 def measure(device: str, quick: bool = False) -> Previews:
-    """Measure the engine on latents of the embedded model and, on a GPU, of Wan 480p; and beside a sampling run.
+    """Measure the engine on latents of the embedded model and, on a GPU, of Wan 480p; and beside sampling runs.
 
     Args:
         device: "cuda" (bfloat16) or "cpu" (float32).
@@ -106,7 +115,9 @@ def measure(device: str, quick: bool = False) -> Previews:
         sizes.append((1, channels, *grid))
     with torch.no_grad():
         moves = [_moves(size, where, 20 if quick else 10_000 if where.type == "cuda" else 500) for size in sizes]
-        attached = _attached(where, 1 if quick else 5, 2 if quick else 20)
+        attached = [_embedded(where, quick)]
+        if where.type == "cuda":
+            attached.append(_wan(where, quick))
     return Previews(environment(where, 0.0), moves, attached, quick)
 
 
@@ -169,33 +180,44 @@ def _rate(engine: PreviewEngine, states: list[Recipe], seconds: float) -> tuple[
     return (stats.previews - before) / passed, stats.quality.size
 
 
-def _attached(device: torch.device, rounds: int, steps: int) -> Attached:
-    logging.disable_progress_bar()
+def _embedded(device: torch.device, quick: bool) -> Attached:
     pipe = tiny.load_pipeline(device)
+    call = {"prompt": "a red circle moving left", **tiny.RECOMMENDED}
+    return _attached("the embedded model", pipe, call, tiny.rgb_factors(device), quick)
+
+
+def _wan(device: torch.device, quick: bool) -> Attached:
+    pipe, call = wan_pipeline(device, WAN_1_3B["num_layers"], quick)
+    factors = torch.randn(16, 3, device=device) / 4, torch.zeros(3, device=device)
+    return _attached(wan_name(WAN_1_3B["num_layers"]), pipe, call, factors, quick)
+
+
+def _attached(model: str, pipe: Any, call: dict[str, Any], factors: tuple[Tensor, Tensor], quick: bool) -> Attached:
+    logging.disable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
-    call = {**tiny.RECOMMENDED, "num_inference_steps": steps}
+    steps, rounds = (2, 1) if quick else (20, 5)
+    call = {**call, "num_inference_steps": steps}
     noise = starting_noise(pipe, call, torch.Generator().manual_seed(0))
 
-    def run(**options) -> tuple[float, Tensor]:
-        synchronize(device)
+    def run(**options: Any) -> tuple[float, Tensor]:
+        synchronize(pipe.device)
         begin = time.perf_counter()
-        latents = pipe("a red circle moving left", latents=noise, output_type="latent", **call, **options).frames
-        synchronize(device)
+        latents = pipe(latents=noise, output_type="latent", **call, **options).frames
+        synchronize(pipe.device)
         return time.perf_counter() - begin, latents
 
     run()
     alone: list[float] = []
     watched: list[float] = []
     same = True
-    weight, bias = tiny.rgb_factors(device)
-    with PreviewEngine(None, RGBRenderer(weight, bias)) as engine, engine.subscribe():
+    with PreviewEngine(None, RGBRenderer(*factors)) as engine, engine.subscribe():
         for _ in range(rounds):
             seconds, expected = run()
             alone.append(seconds)
             seconds, latents = run(callback_on_step_end=engine.attach(pipe, noise=noise))
             watched.append(seconds)
             same &= torch.equal(latents, expected)
-    return Attached(steps, statistics.median(alone), statistics.median(watched), same)
+    return Attached(model, steps, statistics.median(alone), statistics.median(watched), same)
 
 
 def table(found: Previews) -> Table:
@@ -212,7 +234,7 @@ def table(found: Previews) -> Table:
             number(moves.per_second),
             "x".join(map(str, moves.size)),
         )
-    run = found.attached
-    seconds = f"{run.alone:.2f} s alone", "", f"{run.watched:.2f} s", f"{run.cost:+.1%}"
-    result.add_row(f"a run of {run.steps} steps", "", *seconds, "")
+    for run in found.attached:
+        seconds = f"{run.alone:.2f} s alone", "", f"{run.watched:.2f} s", f"{run.cost:+.1%}"
+        result.add_row(f"{run.steps} steps of {run.model}", "", *seconds, "")
     return result

@@ -95,7 +95,9 @@ def measure(device: str, quick: bool = False) -> Resumed:
     return Resumed([_embedded(quick)], quick)
 
 
-def _wan(device: torch.device, layers: int, steps: int, quick: bool) -> Case:
+def wan_pipeline(device: torch.device, layers: int, quick: bool) -> tuple[Any, dict[str, Any]]:
+    """Wan 2.1 1.3B with some of its layers, of random weights, behind UniPC and without its VAE and text encoder; and
+    what it is called with, but for the number of steps and the seed."""
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
     config = (
@@ -115,10 +117,18 @@ def _wan(device: torch.device, layers: int, steps: int, quick: bool) -> Case:
     )
     size = {"num_frames": 5, "height": 64, "width": 64} if quick else {}
     call = {"num_frames": FRAMES, "height": HEIGHT, "width": WIDTH, "guidance_scale": SCALE, **size}
-    call |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+    return pipe, call | {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+
+
+def wan_name(layers: int) -> str:
+    """What `wan_pipeline` is called in tables."""
+    return f"Wan 2.1 1.3B, {layers} of its layers, random weights"
+
+
+def _wan(device: torch.device, layers: int, steps: int, quick: bool) -> Case:
+    pipe, call = wan_pipeline(device, layers, quick)
     shape = (16, (call["num_frames"] - 1) // 4 + 1, call["height"] // 8, call["width"] // 8)
-    name = f"Wan 2.1 1.3B, {layers} of its layers, random weights"
-    return _case(name, pipe, call, shape, steps, quick)
+    return _case(wan_name(layers), pipe, call, shape, steps, quick)
 
 
 def _embedded(quick: bool) -> Case:

@@ -292,4 +292,5 @@ def test_preview_engine(tmp_path: Path, capsys) -> None:
     (moves,) = written["moves"]
     assert 0 < moves["median_ms"] <= moves["p99_ms"]
     assert moves["per_second"] > 0
-    assert written["attached"]["same_bits"]
+    (attached,) = written["attached"]
+    assert attached["same_bits"] and attached["cost"] == attached["watched"] / attached["alone"] - 1
