@@ -143,7 +143,7 @@ def test_a_gpu_keeps_a_state_while_it_computes_the_next() -> None:
 
     states = Behind[torch.Tensor](receive)
     states.take(x, x.device)
-    states.finish()  # streams, kernels and a stream's memory are made at their first use, and that waits for all streams
+    states.finish()  # what is made at its first use (a stream, its memory, a kernel) waits for all streams
     torch.cuda.synchronize()
     hosts.zero_()
     states.take(x, x.device)
