@@ -60,10 +60,9 @@ def _change(row: Row, clock: str, before: list[float], after: list[float], slowe
 def _by_case(rows: Iterable[Row], which: str) -> dict[tuple[str, ...], Row]:
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = (*row.case, row.backend)
-        if key in found:
+        if row.key in found:
             raise ValueError(f"the {which} file has more than one row of {_name(row)}")
-        found[key] = row
+        found[row.key] = row
     return found
 
 

@@ -105,6 +105,11 @@ class Row:
         return self.op, self.variant, self.workload, self.dtype
 
     @property
+    def key(self) -> tuple[str, ...]:
+        """What a file has one row of: a case on a backend."""
+        return *self.case, self.backend
+
+    @property
     def title(self) -> str:
         """The operation as a table names it."""
         return f"{self.op} {self.variant}".strip()
@@ -208,9 +213,23 @@ def save(rows: Iterable[Row], path: Path) -> None:
     partial.replace(path)
 
 
+def merged(before: Iterable[Row], measured: Iterable[Row]) -> list[Row]:
+    """`before`, with what was measured anew in the places of the rows it replaces, and the rest of it behind them."""
+    rows = {row.key: row for row in before}
+    rows.update((row.key, row) for row in measured)
+    return list(rows.values())
+
+
+class RowsError(ValueError):
+    """A file that holds something else."""
+
+
 def load(path: Path) -> list[Row]:
-    """The rows of a file."""
-    return [Row.from_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The rows of a file; RowsError if it holds something else."""
+    try:
+        return [Row.from_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RowsError(f"{path} is not a file of rows: {error}") from None
 
 
 def load_all(folder: Path = RESULTS) -> list[Row]:

@@ -15,7 +15,7 @@ from latentfast.benchmarks.cases import Selection
 from latentfast.benchmarks.harness import Effort, copy_rate, matrix_rate
 from latentfast.benchmarks.measure import Options, backends_on, measure, released
 from latentfast.benchmarks.operation import Case
-from latentfast.benchmarks.rows import Environment, Row, environment, save, slug
+from latentfast.benchmarks.rows import Environment, Row, environment, load, merged, save, slug
 from latentfast.benchmarks.table import terminal
 
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
@@ -43,7 +43,7 @@ def run(
 
     Args:
         selection: of the cases; it has some.
-        out: folder of the rows, NAME-OF-THE-CARD.jsonl or cpu.jsonl.
+        out: folder of the rows, NAME-OF-THE-CARD.jsonl or cpu.jsonl; rows of other cases that are there stay.
         console: where the report goes.
         compile: whether the `torch.compile` baselines are measured.
         jobs: processes that compile them beforehand.
@@ -65,13 +65,14 @@ def run(
 
         name = slug(here.card) if device.type == "cuda" else "cpu"
         path = out / f"{name}{'-quick' if selection.quick else ''}.jsonl"
+        before = load(path) if path.exists() else []
         options = Options(device, effort, compile, selection.quick, notes)
         rows: list[Row] = []
         failures: list[str] = []
         for case, found, failed in _measured(cases, options, here, start, seconds_limit):
             rows += found
             failures += failed
-            save(rows, path)  # after every case: a run that is cut short keeps what it has
+            save(merged(before, rows), path)  # after every case: a run that is cut short keeps what it has
             console.print(f"  {case.id}: {time.perf_counter() - start:.0f} s")
         again = copy_rate(device, _QUICK_BYTES if selection.quick else _COPY_BYTES[device.type], effort)
 
@@ -83,7 +84,9 @@ def run(
     for line in [*remarks, *failures, *wrong]:
         console.print(f"! {line}", soft_wrap=True)
     took = time.perf_counter() - start
-    console.print(f"copy at the end {again / 1e12:.3f} TB/s; {len(rows)} rows in {path}; {took:.0f} s", soft_wrap=True)
+    older = len(merged(before, rows)) - len(rows)
+    where = f"{len(rows)} rows in {path}{f', beside {older} older ones' if older else ''}"
+    console.print(f"copy at the end {again / 1e12:.3f} TB/s; {where}; {took:.0f} s", soft_wrap=True)
     return 1 if failures or wrong else 0
 
 

@@ -48,6 +48,28 @@ def test_run_writes_rows_and_says_what_it_saw(tmp_path: Path, capsys) -> None:
     assert status == 0 and {row.dtype for row in rows.load(tmp_path / "half" / "cpu-quick.jsonl")} == {"float16"}
 
 
+def test_a_run_leaves_the_rows_of_other_cases(tmp_path: Path, capsys) -> None:
+    for only in ("blend-tiny_b1", "slerp-tiny_b1"):
+        status, out, _ = run(capsys, "run", *TINY, only, "--out", tmp_path)
+        assert status == 0
+    assert "older ones" in out
+    before = rows.load(tmp_path / "cpu-quick.jsonl")
+    assert {row.op for row in before} == {"blend", "slerp"}
+    status, out, _ = run(capsys, "run", *TINY, "blend-tiny_b1", "--out", tmp_path)
+    after = rows.load(tmp_path / "cpu-quick.jsonl")
+    assert [row.key for row in after] == [row.key for row in before]  # each in its place
+    for old, new in zip(before, after, strict=True):
+        assert (old == new) == (old.op == "slerp")
+
+
+def test_a_file_that_holds_no_rows_is_not_overwritten(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "cpu-quick.jsonl"
+    file.write_text("{}\n")
+    status, _, err = run(capsys, "run", *TINY, "blend-tiny_b1", "--out", tmp_path)
+    assert status != 0 and str(file) in err and "row" in err
+    assert file.read_text() == "{}\n"
+
+
 def test_a_case_that_was_not_measured_is_told_of(tmp_path: Path, capsys) -> None:
     arguments = ["run", *TINY, "tiny_b1", "--stem", "edit", "--out", tmp_path, "--seconds-limit", "0.001"]
     status, out, _ = run(capsys, *arguments)

@@ -84,6 +84,7 @@ def run(
     ] = None,
 ) -> None:
     """Measure: every backend and baseline of each case, interleaved, checked against float64."""
+    from latentfast.benchmarks.rows import RowsError
     from latentfast.benchmarks.run import default_jobs
     from latentfast.benchmarks.run import run as measure_all
 
@@ -91,15 +92,18 @@ def run(
     screen = console()
     for name in selection.without_size():
         screen.print(f"! {name} has no size for {', '.join(selection.models)}")
-    status = measure_all(
-        selection,
-        out,
-        screen,
-        compile=compile,
-        jobs=compile_jobs or default_jobs(),
-        threads=threads,
-        seconds_limit=seconds_limit,
-    )
+    try:
+        status = measure_all(
+            selection,
+            out,
+            screen,
+            compile=compile,
+            jobs=compile_jobs or default_jobs(),
+            threads=threads,
+            seconds_limit=seconds_limit,
+        )
+    except RowsError as error:  # where the rows would have gone
+        raise UserError(str(error)) from None
     raise typer.Exit(status)
 
 
@@ -200,14 +204,14 @@ def _selection(choice: Choice, measured: bool = True) -> Any:
 
 
 def _rows_of(path: Path) -> list:
-    from latentfast.benchmarks.rows import load
+    from latentfast.benchmarks.rows import RowsError, load
 
     try:
         return load(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a file of rows: {error}") from None
+    except RowsError as error:
+        raise UserError(str(error)) from None
 
 
 def _committed(folder: Path | None) -> list:
