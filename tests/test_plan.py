@@ -28,8 +28,10 @@ from tests.test_preview import assert_bytes
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 seeds = st.integers(0, 2**31 - 1)
-#: Vectors that fill 16 bytes and that do not, channels of an odd number of elements, single rows, columns, elements.
+#: Vectors that fill 16 bytes and that do not, channels of an odd number of elements, single rows, columns, elements,
+#: more channels than a block takes at once.
 SHAPES = [(2, 4, 3, 8, 16), (2, 3, 5, 7, 11), (1, 5, 2, 6, 6), (3, 2, 1, 1, 8), (2, 3, 4, 5), (2, 4, 1, 1, 1)]
+SHAPES += [(2, 37, 2, 4, 8)]
 shapes = st.sampled_from(SHAPES)
 #: In a float32 sequence of K operations each result's roundings pass through all that follow; the reference's own error
 #: has them too and is doubled, so the ulps of a single operation serve.
@@ -109,6 +111,7 @@ SIZES = [
     ((1, 3, 2, 5, 7), (40, 56)),
     ((2, 3, 4, 5), (9, 31)),
     ((1, 4, 1, 16, 24), (2, 3)),
+    ((2, 37, 2, 4, 24), (32, 192)),
 ]
 STACK = [plan.Slerp("a", 0.3), plan.Direction("d", 0.5, "mask"), plan.ToneMap(0.4), plan.Adain("style", 0.3)]
 
@@ -144,6 +147,17 @@ def test_both_outputs_agree_with_the_operations(target: Target) -> None:
     rgb, latents = p.run()
     assert same_bits(latents, compiled(STACK, inputs).run())
     assert torch.equal(rgb, latentfast.latent_to_rgb(latents, weight, bias, size=(64, 128)))
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16, 37])
+def test_pixels_alone_have_the_bits_of_pixels_beside_latents(channels: int, target: Target) -> None:
+    """Where latents are not rounded in between: however many channels a block takes, they are added in their order."""
+    draw = Draw(torch.float32, target.device, 3)
+    inputs = tensors(draw, (2, channels, 3, 8, 16))
+    weight, bias = draw.uniform(channels, 3, low=-0.2, high=0.2), draw.uniform(3, low=-0.2, high=0.2)
+    stack = [*STACK, plan.ToRGB(weight, bias, (64, 128))]
+    both, _ = compiled(stack, inputs, outputs=("rgb", "latents")).run()
+    assert torch.equal(compiled(stack, inputs).run(), both)
 
 
 # --- Sliders, tensors, stacks -----------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ class Plan:
         """The result of the stack on what is bound.
 
         Args:
-            out: Contiguous tensors to write into, one or a tuple as the result is; then nothing is allocated.
+            out: Contiguous tensors to write into, one or a tuple as the result is; then no tensor is made.
 
         Returns:
             Latents like the source, or bytes `(B, T, H', W', 3)` (`(B, H', W', 3)` for images), or a tuple of both in
