@@ -192,7 +192,8 @@ void enlarge(const S& s, uint8_t* out, int64_t frames, const Target& target) {
   // few enough rows of pixels, too, for offsets of 32 bits: units · intervals ≤ kThreads wherever that is
   // more than one
   int64_t intervals = std::clamp<int64_t>(kThreads / p.units, 1, std::min<int64_t>(room, s.height + 1));
-  // small clips: rather more blocks, so that every multiprocessor has some
+  // small clips: rather as many blocks as the multiprocessors can have at a time, than that some of these
+  // have fewer
   while (intervals > 1 &&
          frames * ceil_div<int64_t>(s.height + 1, intervals) < 3 * target.device.multiprocessors)
     --intervals;
