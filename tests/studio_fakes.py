@@ -149,12 +149,13 @@ def served(load=None, document: Document | None = None, token: str = "a token of
 
 
 class Tab:
-    """A page that is open, as far as the studio sees it."""
+    """A page that is open, as far as the studio sees it; of a studio, or at a WebSocket's address."""
 
-    def __init__(self, studio: Served, **options: Any) -> None:
+    def __init__(self, studio: Served | str, **options: Any) -> None:
+        address = studio if isinstance(studio, str) else studio.url("/ws", "ws")
         self._stack = ExitStack()
         self.socket: ClientConnection = self._stack.enter_context(
-            connect(studio.url("/ws", "ws"), max_size=None, compression=None, open_timeout=PATIENCE, **options)
+            connect(address, max_size=None, compression=None, open_timeout=PATIENCE, **options)
         )
         self.state: dict[str, Any] = {}
         self.hello: dict[str, Any] = {}

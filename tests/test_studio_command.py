@@ -8,9 +8,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from studio_fakes import Tab
 
 from latentfast.cli import main
 from tools import studio_soak
+
+pytest_plugins = ("cli_fixtures",)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,33 @@ def test_it_says_where_it_is_and_ends_when_told(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert log.read_text().splitlines()[-1] == "latentfast studio: ended"
+
+
+def test_another_model(tmp_path: Path, wan_folder: Path) -> None:
+    options = ["--model", str(wan_folder), "--device", "cpu", "--height", "64", "--width", "64"]
+    with studio_soak.server(tmp_path / "log", *options) as (address, _), Tab(address) as tab:
+        tab.until(lambda: tab.state.get("model") == "WanPipeline")
+        assert tab.state["clip"] is None  # it begins with none: a clip of such a model takes its time
+        tab.send("generate", prompt="a red circle", seed=1, steps=2, guidance=1.5)
+        tab.ready()
+        source = tab.pixels("source exact")
+        assert source.shape == (9, 64, 64, 3) and source.float().std() > 1
+        tab.send("add", kind="warmth")
+        tab.until(lambda: tab.state["layers"])
+        tab.send("amount", id=tab.layer()["id"], amount=1.0, live=False, stamp=1.0)
+        edited = tab.edited(stamp=1.0)
+        places = [source[round(place)] for place in edited["places"]]
+        assert (tab.pixels().float() - torch.stack(places).float()).abs().mean() > 1
+        tab.send("look", words=[["circle", 0]])
+        tab.until(lambda: tab.clips["mask"][0]["width"])
+        assert tab.pixels("mask").unique().numel() > 1
+        assert tab.problems == []
+
+
+def test_a_model_without_frames_in_its_latents_is_refused(tmp_path: Path, ltx_folder: Path) -> None:
+    with studio_soak.server(tmp_path / "log", "--model", str(ltx_folder)) as (address, _), Tab(address) as tab:
+        tab.until(lambda: tab.state.get("job") and not tab.state["job"]["text"].startswith("Loading"))
+        assert "LTXPipeline packs its latents into tokens" in tab.state["job"]["text"]
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

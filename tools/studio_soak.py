@@ -52,9 +52,9 @@ class Tally:
 
 
 @contextmanager
-def server(log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`latentfast studio` in a process of its own: its WebSocket's address, and the process."""
-    command = [sys.executable, "-m", "latentfast", "studio", "--port", "0", "--steps", "2", "--frames", "9"]
+def server(log: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`latentfast studio`, with more options, in a process of its own: its WebSocket's address, and the process."""
+    command = [sys.executable, "-m", "latentfast", "studio", "--port", "0", "--steps", "2", "--frames", "9", *options]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         try:
             address = ""
