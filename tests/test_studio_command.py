@@ -67,7 +67,8 @@ def test_another_model(tmp_path: Path, wan_folder: Path) -> None:
 def test_a_model_without_frames_in_its_latents_is_refused(tmp_path: Path, ltx_folder: Path) -> None:
     with studio_soak.server(tmp_path / "log", "--model", str(ltx_folder)) as (address, _), Tab(address) as tab:
         tab.until(lambda: tab.state.get("job") and not tab.state["job"]["text"].startswith("Loading"))
-        assert "LTXPipeline packs its latents into tokens" in tab.state["job"]["text"]
+        why = "The model can't be loaded: LTXPipeline packs its latents into tokens"
+        assert why in tab.state["job"]["text"] and why in (tmp_path / "log").read_text()
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

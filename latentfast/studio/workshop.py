@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +16,8 @@ from latentfast.studio.library import Library
 from latentfast.studio.model import Model, OutdatedError
 
 __all__ = ["Job", "Workshop"]
+
+_log = logging.getLogger("latentfast")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ class Workshop:
                 while (shot := self._next()) is not None:
                     self._make(model, shot)
         except Exception as error:
-            self._say(Job(f"The model can't be loaded: {_line(error)}"))
+            said = f"The model can't be loaded: {_line(error)}"
+            _log.error("%s", said)  # for whoever started it
+            self._say(Job(said))
 
     def _next(self) -> Shot | None:
         """Waits for something that is wanted and not there."""
