@@ -3,7 +3,6 @@
 Their pictures mean nothing; everything else (layout, files, call, determinism) is that of a trained model.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,15 +29,6 @@ WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "movi
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wan(tmp_path_factory.mktemp("pipelines") / "wan")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Models this small only wait for each other on two threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -96,18 +96,20 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _alike() -> Iterator[None]:
+    """The same draws, and one thread of torch's, unless a test sets more.
+
+    There is a process of tests for each core, and for small tensors more threads only wait for each other.
+    """
     torch.manual_seed(20240607)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[target for target in TARGETS if not why_missing(target)], ids=str)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Each backend that this machine has, on each device it runs on; operations inside the test run on it.
-
-    With one thread of torch's, unless the test sets more: for small tensors more of them only wait for each other.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Each backend that this machine has, on each device it runs on; operations inside the test run on it."""
     with latentfast.use_backend(request.param.backend):
         yield request.param
-    torch.set_num_threads(before)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from latentfast.cli import main
 
 pytest_plugins = ("cli_fixtures",)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -23,7 +23,6 @@ from latentfast.cli.timing import time_operations
 from latentfast.session.record import checksum
 
 pytest_plugins = ("cli_fixtures",)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CALL = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3}
 CPU = torch.device("cpu")

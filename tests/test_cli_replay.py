@@ -12,7 +12,6 @@ from latentfast.cli.loading import load_pipeline
 from latentfast.session import Session
 
 pytest_plugins = ("cli_fixtures",)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -17,7 +17,6 @@ from latentfast.cli import demo, main, timing
 from latentfast.session.record import checksum
 
 pytest_plugins = ("cli_fixtures",)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLIPS = ("clip", "path", "edit", "mend")
 
