@@ -187,9 +187,10 @@ def _embedded(device: torch.device, quick: bool) -> Attached:
 
 
 def _wan(device: torch.device, quick: bool) -> Attached:
-    pipe, call = wan_pipeline(device, WAN_1_3B["num_layers"], quick)
+    layers = WAN_1_3B["num_layers"]
+    pipe, call = wan_pipeline(device, layers, quick)
     factors = torch.randn(16, 3, device=device) / 4, torch.zeros(3, device=device)
-    return _attached(wan_name(WAN_1_3B["num_layers"]), pipe, call, factors, quick)
+    return _attached(wan_name(layers), pipe, call, factors, quick)
 
 
 def _attached(model: str, pipe: Any, call: dict[str, Any], factors: tuple[Tensor, Tensor], quick: bool) -> Attached:

@@ -2,7 +2,7 @@
 //
 // A block walks a tile of some channels and positions. To latents that is all. To bytes the edited latents
 // are written nowhere: the tile is left in shared memory, mapped to RGB there, and what goes to scratch
-// memory are three float32 planes, at Wan 2.1's size a tenth of what was read, from which latent_to_rgb's
+// memory are three float32 planes, at Wan 2.1's size an eighth of what was read, from which latent_to_rgb's
 // kernels then make the pixels. Walking in front of those kernels' own map, in one launch, was twice as slow:
 // the threads and the registers that suit the pixels do not suit the walk, and rows at the borders were
 // walked twice.

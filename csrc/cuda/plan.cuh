@@ -2,9 +2,10 @@
 //
 // The list comes in a kernel's arguments, so all threads read it from the constant cache and branch alike. A
 // thread has a few elements in registers. What an instruction waits for is its operand, so none is fetched
-// when its turn comes: the lanes of plan_lanes.cuh have them on their way to shared memory, or to L2, before
-// the walk begins. The coefficients, which sliders move, lie in device memory, 16 bytes for an instruction
-// and a channel: a CUDA graph that is replayed finds what they are by then.
+// when its turn comes: the lanes of plan_lanes.cuh have them on their way to shared memory before the walk
+// begins, or those of a few instructions together. The coefficients, which sliders move, lie in device
+// memory, 16 bytes for an instruction and a channel: a CUDA graph that is replayed finds what they are by
+// then.
 #pragma once
 
 #include "../common/plan_program.h"
@@ -52,9 +53,9 @@ __device__ __forceinline__ C weighted(C a, C x, C b, C y) {
   return b == 0 ? a * x : a == 0 ? b * y : fma(a, x, b * y);
 }
 
-// Instruction k on the lanes x, with what was loaded of its operand and its mask. All threads take the same
-// branches; operands are widened behind them, where they are used, and x changes in place, for the registers'
-// sake.
+// Instruction k on the lanes x, with what was loaded of its operand and its mask; false, and nothing is done,
+// if it is one for `apply_rare_step`. All threads take the same branches; operands are widened behind them,
+// where they are used, and x changes in place, for the registers' sake.
 template <typename T, typename Lanes, int V = Lanes::kCount>
 __device__ __forceinline__ bool apply_step(const PlanParams<T>& p, int k, const Lanes& at, Wide<T> (&x)[V],
                                            typename Lanes::Operand& operand, typename Lanes::Mask& mask) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ bool apply_step(const PlanParams<T>& p, int k, const 
   return true;
 }
 
-// The same of an interpolation at 0, or between opposite vectors.
+// What `apply_step` leaves: an interpolation at 0, or between opposite vectors.
 template <typename T, typename Lanes, int V = Lanes::kCount>
 __device__ __forceinline__ void apply_rare_step(const PlanParams<T>& p, int k, const Lanes& at,
                                                 Wide<T> (&x)[V], typename Lanes::Operand& operand,
